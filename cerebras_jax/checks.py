@@ -1,0 +1,84 @@
+"""Range checks of hyper-parameters: one sentence with the name, the rule and the value."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+_RULES: dict[str, Callable[[float], bool]] = {
+    ">= 0": lambda x: x >= 0,
+    "> 0": lambda x: x > 0,
+    ">= 1": lambda x: x >= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+    "in (0, 1)": lambda x: 0 < x < 1,
+    "<= 0": lambda x: x <= 0,
+    "finite": math.isfinite,
+}
+
+
+def is_number(x: Any) -> bool:
+    """Whether ``x`` is a number that can be traced: not a bool, not a string, not a schedule."""
+    if isinstance(x, bool | np.bool_):
+        return False
+    if isinstance(x, jax.Array | np.ndarray):
+        return np.issubdtype(x.dtype, np.number) or x.dtype == jax.numpy.bfloat16
+    return isinstance(x, int | float | np.number)
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether the value of the number ``x`` can be read now, without tracing."""
+    return is_number(x) and not isinstance(x, jax.core.Tracer)
+
+
+def check(name: str, value: Any, rule: str) -> None:
+    """Refuses a hyper-parameter outside its range, NaN and infinity included.
+
+    Schedules and traced values pass: what they will be is not known here.
+
+    Args:
+      name: what the message calls it, e.g. ``"betas[0]"``.
+      value: a number, a schedule or a tracer.
+      rule: one of the keys of ``_RULES``, e.g. ``">= 0"``.
+
+    Raises:
+      TypeError: if ``value`` is neither a number nor a schedule.
+      ValueError: if the number is not a scalar, or outside its range.
+
+    >>> check("betas[0]", 1.2, "in [0, 1)")
+    Traceback (most recent call last):
+      ...
+    ValueError: betas[0] must be in [0, 1), got 1.2
+    """
+    if not is_number(value):
+        if callable(value):
+            return
+        raise TypeError(f"{name} must be a number or a schedule, got {value!r}")
+    if np.shape(value) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}")
+    if is_concrete(value):
+        number = float(value)
+        if not (math.isfinite(number) and _RULES[rule](number)):
+            raise ValueError(f"{name} must be {rule}, got {number:g}")
+
+
+def check_pair(name: str, value: Any, *rules: str) -> None:
+    """Checks a pair such as ``betas``: its length, then each member by its rule.
+
+    >>> check_pair("betas", (0.9,), "in [0, 1)", "in [0, 1)")
+    Traceback (most recent call last):
+      ...
+    ValueError: betas must be 2 numbers, got (0.9,)
+    """
+    if not isinstance(value, tuple | list) or len(value) != len(rules):
+        raise ValueError(f"{name} must be {len(rules)} numbers, got {value!r}")
+    for i, (member, rule) in enumerate(zip(value, rules, strict=True)):
+        check(f"{name}[{i}]", member, rule)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuses anything but True and False: a flag is decided when the optimizer is made."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")

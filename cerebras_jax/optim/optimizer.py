@@ -1,0 +1,882 @@
+"""The stateful shell: it holds parameters, state and groups, and computes nothing itself."""
+
+import copy
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, Self, cast, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cerebras_jax.checks import is_number
+from cerebras_jax.optim.param_groups import ParamGroups, is_group_list
+from cerebras_jax.optim.sources import ModuleSource, Source, TreeSource, make_source
+from cerebras_jax.optim.state_dict import check_group, load_array, match_parameters, plain_value
+from cerebras_jax.rule import (
+    GroupClock,
+    PureOptimizer,
+    Rule,
+    StateDtype,
+    check_buffers,
+    check_grads,
+    combine,
+    init_group,
+    normalize,
+    partition,
+    update_group,
+)
+from cerebras_jax.types import Array
+
+P = ParamSpec("P")
+
+
+class Optimizer(ABC):
+    """Base class of all optimizers: parameters, groups and state.
+
+    A ready-made optimizer is used like this:
+
+    >>> from cerebras_jax import optim
+    >>> opt = optim.SGD({"w": jnp.array([1.0, 2.0])}, lr=0.5)
+    >>> opt.step({"w": jnp.array([1.0, 1.0])})
+    >>> opt.params
+    {'w': Array([0.5, 1.5], dtype=float32)}
+
+    An algorithm of one's own is best written as a one-parameter rule (`cerebras_jax.rule`) and
+    turned into a class with ``class Mine(Optimizer.of(mine))``. A subclass of this class
+    instead writes `preinitialize`, `step` and `state_names_to_sparsify` itself, with
+    `named_parameters`, `set_parameter`, `gradients` and ``self.state``:
+
+    >>> class SignDescent(optim.Optimizer):
+    ...     def __init__(self, params, lr=0.1):
+    ...         super().__init__(params, {"lr": lr})
+    ...     def preinitialize(self):
+    ...         for name, p in self.named_parameters():
+    ...             self.state[name] = {"last": jnp.zeros_like(p)}
+    ...     def state_names_to_sparsify(self):
+    ...         return ["last"]
+    ...     def step(self, grads_or_closure):
+    ...         loss, grads = self.gradients(grads_or_closure)
+    ...         params = dict(self.named_parameters())
+    ...         for group in self.param_groups:
+    ...             for name in group["params"]:
+    ...                 self.set_parameter(name, params[name] - group["lr"] * jnp.sign(grads[name]))
+    ...                 self.state[name]["last"] = grads[name]
+    ...         return loss
+    >>> opt = SignDescent({"w": jnp.array([1.0, -2.0])})
+    >>> opt.step({"w": jnp.array([3.0, -4.0])})
+    >>> opt.params["w"]
+    Array([ 0.9, -1.9], dtype=float32)
+
+    Attributes:
+      param_groups: a list of dicts; ``"params"`` holds the dotted names of the group's
+        parameters, every other key a value that takes effect at the next step.
+      defaults: the values of groups that do not set their own.
+      state: per parameter name, the states by name.
+
+    Args:
+      params: a pytree of arrays, an nnx.Module (updated in place), a list of dicts
+        ``{"params": tree, **values}``, or what `optim.param_groups` returns.
+      defaults: names and values of the hyper-parameters.
+      enable_global_step: count the steps of every parameter in its state ``step``.
+    """
+
+    defaults: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_pytree_node(
+            cls, lambda opt: _flatten(opt), lambda static, parts: _unflatten(cls, static, parts)
+        )
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: Mapping[str, Any] | None = None,
+        *,
+        enable_global_step: bool = False,
+    ):
+        self.defaults = normalize(dict(defaults or {}))
+        self.enable_global_step = bool(enable_global_step)
+        self.param_groups = []
+        self._sources: list[Source] = []
+        self._names: list[str] = []
+        # Arrays that somebody else may hold are copied before their buffers are given away.
+        self._params_shared = True
+        self._state_shared = True
+        self._structured_as_list = False
+        if isinstance(params, ParamGroups):
+            self._add_source(params.source, list(params))
+        elif is_group_list(params):
+            self._structured_as_list = True
+            for group in params:
+                self._add_group(group)
+        else:
+            source = make_source(params)
+            self._add_source(source, [{"params": list(source.names)}])
+        self._state: dict[str, dict[str, Any]] = {}
+        self._preinitialize()
+
+    # --- parameters and groups ---------------------------------------------------------------
+
+    @property
+    def params(self) -> Any:
+        """The current values, in the structure that was given; a module is the module itself."""
+        self._params_shared = True
+        trees = [source.tree() for source in self._sources]
+        return trees if self._structured_as_list or len(trees) > 1 else trees[0]
+
+    def named_parameters(self) -> list[tuple[str, Array]]:
+        """Dotted names and current values of all parameters."""
+        self._params_shared = True
+        return list(zip(self._names, self._values(), strict=True))
+
+    def set_parameter(self, name: str, value: Array) -> None:
+        """Replaces one parameter's value."""
+        index = self._index(name)
+        values = self._values()
+        values[index] = value
+        self._set_values(values)
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Adds ``{"params": tree, **values}``; `params` then is a list with its tree last.
+
+        Raises:
+          ValueError: if a value is out of range, or an array is in another group already.
+        """
+        known = len(self._names)
+        self._add_group(group)
+        self._structured_as_list = self._structured_as_list or len(self._sources) > 1
+        self._extend_state(known)
+
+    def _add_group(self, group: Mapping[str, Any]) -> None:
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(f'a parameter group is a dict with the key "params", got {group!r}')
+        source = make_source(group["params"])
+        self._add_source(source, [{**group, "params": list(source.names)}])
+
+    def _add_source(self, source: Source, groups: Sequence[dict[str, Any]]) -> None:
+        known = {id(v) for v in self._values()}
+        names = list(source.names)
+        for name, value in zip(names, source.values, strict=True):
+            if id(value) in known:
+                raise ValueError(f"parameter {name!r} appears in more than one parameter group")
+        new_groups = [normalize({**self.defaults, **group}) for group in groups]
+        for group in new_groups:
+            group["params"] = list(group["params"])
+            self._check_group(group)
+        prefix = f"{len(self._sources)}." if set(names) & set(self._names) else ""
+        for group in new_groups:
+            group["params"] = [prefix + name for name in group["params"]]
+        self._sources.append(source)
+        self._names += [prefix + name for name in names]
+        self.param_groups += new_groups
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Hook: refuses values out of range."""
+
+    def _values(self) -> list[Array]:
+        return [value for source in self._sources for value in source.values]
+
+    def _set_values(self, values: Sequence[Array]) -> None:
+        start = 0
+        for source in self._sources:
+            stop = start + len(source.names)
+            source.values = list(values[start:stop])
+            start = stop
+
+    def _index(self, name: str) -> int:
+        try:
+            return self._names.index(name)
+        except ValueError:
+            raise KeyError(f"no parameter is called {name!r}") from None
+
+    # --- one step ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def preinitialize(self) -> None:
+        """Allocates every state, before the first step."""
+
+    @abstractmethod
+    def step(self, grads_or_closure: Any) -> Any:
+        """One optimization step; it creates no state."""
+
+    @abstractmethod
+    def state_names_to_sparsify(self) -> Iterable[str]:
+        """Names of the states that a sparsity mask of the parameter applies to."""
+
+    def gradients(
+        self, grads_or_closure: Any, has_aux: bool = False
+    ) -> tuple[Any, dict[str, Array | None]]:
+        """Gradients by parameter name, from a tree of them or from a closure.
+
+        Args:
+          grads_or_closure: a tree like `params`, in which None means no gradient, or a
+            function of the parameters that returns the loss.
+          has_aux: the closure returns ``(loss, aux)``, and so does this.
+
+        Returns:
+          The closure's value (None for a tree), and the gradients by name.
+        """
+        value, grads = self._gradients(grads_or_closure, has_aux)
+        return value, dict(zip(self._names, grads, strict=True))
+
+    def _gradients(self, given: Any, has_aux: bool) -> tuple[Any, list[Any]]:
+        value = None
+        if _is_closure(given):
+            if len(self._sources) == 1 and not self._structured_as_list:
+                value, given = self._sources[0].value_and_grad(given, has_aux)
+            else:
+                value, given = TreeSource.value_and_grad(_Trees(self), given, has_aux)
+        elif given is None:
+            raise TypeError("step needs the gradients, or a closure that returns the loss")
+        return value, self._align(given)
+
+    def _align(self, grads: Any) -> list[Any]:
+        if len(self._sources) == 1 and not self._structured_as_list:
+            return self._sources[0].align(grads)
+        if not isinstance(grads, list | tuple) or len(grads) != len(self._sources):
+            raise ValueError(
+                f"the gradients must be a list of {len(self._sources)} trees, like the parameters"
+            )
+        pairs = zip(self._sources, grads, strict=True)
+        return [g for source, tree in pairs for g in source.align(tree)]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Accepted for PyTorch's sake; gradients are arguments here, there is nothing to clear."""
+
+    # --- state -------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Any:
+        """Per parameter name, the states by name."""
+        return self._state
+
+    def _preinitialize(self) -> None:
+        self._state = {}
+        self.preinitialize()
+        if self.enable_global_step:
+            for name in self._names:
+                self._state.setdefault(name, {})["step"] = jnp.zeros((), jnp.int32)
+
+    def _extend_state(self, known: int) -> None:
+        """Allocates the state of parameters added after the first ``known`` ones."""
+        old = self._state
+        self._preinitialize()
+        self._state.update({name: old[name] for name in self._names[:known] if name in old})
+
+    def visit_state(self, fn: Callable[[Array], Array | None]) -> None:
+        """Applies ``fn`` to every state value; what it returns, unless None, replaces it."""
+        entries = self._entries()
+        for entry in entries:
+            for key, value in entry.items():
+                new = fn(value)
+                if new is not None:
+                    entry[key] = new
+        self._set_entries(entries)
+
+    def increment_global_step(self, name: str) -> Array:
+        """Adds 1 to a parameter's step count, and returns the count as float32.
+
+        Raises:
+          RuntimeError: if the optimizer was made without ``enable_global_step``.
+        """
+        if not self.enable_global_step:
+            raise RuntimeError(
+                f"{type(self).__name__} does not count steps; make it with enable_global_step=True"
+            )
+        return jnp.asarray(self._increment(self._index(name)), jnp.float32)
+
+    def _increment(self, index: int) -> Array:
+        entry = self._state[self._names[index]]
+        entry["step"] = _saturating_increment(jnp.asarray(entry["step"]))
+        return entry["step"]
+
+    def _entries(self) -> list[dict[str, Any]]:
+        return [dict(self._state.get(name, {})) for name in self._names]
+
+    def _set_entries(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        self._state = {n: dict(e) for n, e in zip(self._names, entries, strict=True)}
+
+    def _state_arrays(self) -> Any:
+        return self._state
+
+    def _set_state_arrays(self, state: Any) -> None:
+        self._state = state
+
+    # --- state_dict --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and groups in torch's layout.
+
+        Returns:
+          ``{"state": {0: {"exp_avg": ...}, ...}, "param_groups": [{"lr": ..., "params": [0,
+          ...], "param_names": ["dense.bias", ...]}, ...]}``; parameters are numbered in the
+          order of the groups.
+        """
+        self._state_shared = True
+        order = [name for group in self.param_groups for name in group["params"]]
+        entries = dict(zip(self._names, self._entries(), strict=True))
+        number = {name: i for i, name in enumerate(order)}
+        groups = [
+            {
+                **{k: plain_value(v) for k, v in group.items() if k != "params"},
+                "params": [number[name] for name in group["params"]],
+                "param_names": list(group["params"]),
+            }
+            for group in self.param_groups
+        ]
+        return {"state": {i: entries[name] for i, name in enumerate(order)}, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over state and group values; all or, on an error, nothing.
+
+        Parameters are matched by name where the dict has ``param_names`` that are all ours,
+        else by position. Arrays may be JAX, NumPy or torch tensors; they are copied, in the
+        dtype of the state that they replace. A key that a group lacks takes the optimizer's
+        default.
+
+        Raises:
+          ValueError: names what is missing, unexpected, of another shape, or out of range.
+        """
+        match = match_parameters(state_dict, self.param_groups)
+        groups, entries = [], dict(zip(self._names, self._entries(), strict=True))
+        for ours, loaded in zip(self.param_groups, match.groups, strict=True):
+            group = normalize({**self.defaults, **self._import_group(loaded)})
+            group["params"] = list(ours["params"])
+            self._check_group(group)
+            groups.append(group)
+        new_entries = dict(entries)
+        if match.has_state:
+            for group in groups:
+                for name in group["params"]:
+                    loaded = self._import_state(match.entries.get(name), group, entries[name])
+                    new_entries[name] = load_array(name, loaded, entries[name])
+        for ours, group in zip(self.param_groups, groups, strict=True):
+            ours.clear()
+            ours.update(group)
+        self._set_entries([new_entries[name] for name in self._names])
+
+    def _import_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return check_group(group, self.defaults, {})
+
+    def _import_state(self, entry: Any, group: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
+        return entry
+
+    # --- the parts that change, for jit and trace ------------------------------------------------
+
+    def _dynamic(self) -> dict[str, Any]:
+        """Everything that a step may change: arrays and numbers. Modules count separately."""
+        return {
+            "params": [s.values for s in self._sources if isinstance(s, TreeSource)],
+            "state": self._state_arrays(),
+            "numbers": [partition(_group_values(g))[0] for g in self.param_groups],
+        }
+
+    def _set_dynamic(self, dynamic: Mapping[str, Any]) -> None:
+        trees = [s for s in self._sources if isinstance(s, TreeSource)]
+        for source, values in zip(trees, dynamic["params"], strict=True):
+            source.values = values
+        self._set_state_arrays(dynamic["state"])
+        for group, numbers in zip(self.param_groups, dynamic["numbers"], strict=True):
+            group.update(combine(numbers, partition(_group_values(group))[1]))
+
+    def _static(self) -> tuple:
+        """The hashable rest, which decides which program a step is."""
+        groups = tuple(
+            (tuple(g["params"]), partition(_group_values(g))[1]) for g in self.param_groups
+        )
+        sources = tuple(
+            s.treedef if isinstance(s, TreeSource) else tuple(s.names) for s in self._sources
+        )
+        return (type(self), groups, sources, self.enable_global_step, self._structured_as_list)
+
+    def _check_groups(self) -> None:
+        """Hook: refuses group values edited since the last step, if they are out of range."""
+
+    def _own(self) -> None:
+        """Copies what somebody else may hold, so that the buffers can be given away."""
+        if self._params_shared:
+            for source in self._sources:
+                if isinstance(source, TreeSource):
+                    source.values = [jnp.copy(x) for x in source.values]
+            self._params_shared = False
+        self._own_state()
+
+    def _own_state(self) -> None:
+        if self._state_shared:
+            self._set_state_arrays(jax.tree.map(jnp.copy, self._state_arrays()))
+            self._state_shared = False
+
+    def modules(self) -> list[nnx.Module]:
+        """The nnx modules whose parameters this optimizer updates in place."""
+        return [s.module for s in self._sources if isinstance(s, ModuleSource)]
+
+    # --- display -----------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        sizes = {n: v.size for n, v in zip(self._names, self._values(), strict=True)}
+        lines = [f"{type(self).__name__} ("]
+        for i, group in enumerate(self.param_groups):
+            total = sum(sizes[n] for n in group["params"])
+            lines.append(f"Parameter Group {i}")
+            lines += [f"    {k}: {plain_value(v)}" for k, v in sorted(_group_values(group).items())]
+            lines.append(f"    params: {len(group['params'])} arrays, {total:,} elements")
+        return "\n".join([*lines, ")"])
+
+    @classmethod
+    def of(
+        cls, pure: PureOptimizer[P], enable_global_step: bool = False
+    ) -> "type[RuleOptimizer[P]]":
+        """The base class of the optimizer that applies a pure one, with its signature.
+
+        Args:
+          pure: what `per_parameter` returned, e.g. ``optim.adamw``.
+          enable_global_step: the class's default for that argument; True for an algorithm
+            whose formula uses the number of the step.
+        """
+        base = cls if issubclass(cls, RuleOptimizer) else RuleOptimizer
+        name = f"{cls.__name__}Of{pure.__name__}"
+        return cast(
+            "type[RuleOptimizer[P]]",
+            type(name, (base,), {"pure": pure, "counts_steps": enable_global_step}),
+        )
+
+
+class _Trees:
+    """Several trees as one, for differentiating a closure of all of them."""
+
+    def __init__(self, optimizer: Optimizer):
+        if optimizer.modules():
+            raise TypeError("a closure over several parameter trees with modules is not supported")
+        self.optimizer = optimizer
+
+    def tree(self) -> Any:
+        return [source.tree() for source in self.optimizer._sources]
+
+
+class _Plan(NamedTuple):
+    """What of a step is static: per group the factory, the flags, and which leaves it has."""
+
+    factory: Callable[..., Rule]
+    statics: tuple
+    members: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...]
+
+
+class _StepState(NamedTuple):
+    states: list[list[Any]]  # per group, per parameter: the rule's NamedTuple
+    clocks: list[GroupClock]  # per group
+
+
+def _apply(
+    plan: _Plan, state: _StepState, numbers: Sequence[tuple], grads: list, params: list
+) -> tuple[list[Array], _StepState]:
+    """One step of all groups."""
+    check_grads(grads, params, lambda: plan.names)
+    grads = [None if g is None else jnp.asarray(g) for g in grads]
+    new_params = list(params)
+    states, clocks = [], []
+    for i, (static, members) in enumerate(zip(plan.statics, plan.members, strict=True)):
+        updated, clock, new = update_group(
+            plan.factory,
+            static,
+            numbers[i],
+            [grads[j] for j in members],
+            state.clocks[i],
+            state.states[i],
+            [params[j] for j in members],
+        )
+        for j, p in zip(members, updated, strict=True):
+            new_params[j] = p
+        states.append(new)
+        clocks.append(clock)
+    return new_params, _StepState(states, clocks)
+
+
+_step = jax.jit(_apply, static_argnums=0, donate_argnums=1)
+_step_donating_params = jax.jit(_apply, static_argnums=0, donate_argnums=(1, 4))
+
+
+class RuleOptimizer(Optimizer, Generic[P]):
+    """An optimizer that applies a one-parameter rule; made by `Optimizer.of`.
+
+    Args:
+      params: a pytree of arrays, an nnx.Module (updated in place), a list of dicts
+        ``{"params": tree, **values}``, or what `optim.param_groups` returns.
+      *args, **kwargs: the hyper-parameters of the pure function.
+      enable_global_step: count the steps of every parameter in its state ``step``.
+      state_dtype: a dtype for all states, or a dict from state names to dtypes.
+    """
+
+    pure: ClassVar[Any]
+    counts_steps: ClassVar[bool] = False
+    states_to_sparsify: ClassVar[tuple[str, ...]] = ()
+    torch_flags: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls) and "pure" in dir(cls):
+            cls.__signature__ = _shell_signature(cls)  # pyright: ignore
+            if cls.__doc__ is None or cls.__doc__ is RuleOptimizer.__doc__:
+                cls.__doc__ = _shell_doc(cls)
+
+    @overload
+    def __init__(self, params: Any, *args: P.args, **kwargs: P.kwargs) -> None: ...
+    @overload
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        enable_global_step: bool = ...,
+        state_dtype: StateDtype = ...,
+        **kwargs: Any,
+    ) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        enable_global_step: bool | None = None,
+        state_dtype: StateDtype = None,
+        **kwargs: Any,
+    ):
+        signature = inspect.signature(self.pure.rule)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        self._state_dtype = state_dtype
+        self._states: list[list[Any]] = []
+        self._clocks: list[GroupClock] = []
+        self._checked: list[dict[str, Any]] = []
+        super().__init__(
+            params,
+            bound.arguments,
+            enable_global_step=(
+                self.counts_steps if enable_global_step is None else enable_global_step
+            ),
+        )
+
+    # --- one step ----------------------------------------------------------------------------
+
+    def preinitialize(self) -> None:
+        """Allocates every state; nothing is allocated in a step."""
+        values = dict(zip(self._names, self._values(), strict=True))
+        self._states, self._clocks, self._checked = [], [], []
+        for group in self.param_groups:
+            hyper = self._hyper(group)
+            params = [values[name] for name in group["params"]]
+            states, clock = init_group(self.pure.rule, hyper, self._state_dtype, params)
+            self._states.append(states)
+            self._clocks.append(clock)
+            self._checked.append(hyper)
+        self._state_shared = False
+
+    def _preinitialize(self) -> None:
+        self.preinitialize()
+
+    def _extend_state(self, known: int) -> None:
+        old = self._entries_of(len(self._states))
+        self.preinitialize()
+        new = self._entries()
+        self._set_entries([old.get(name, e) for name, e in zip(self._names, new, strict=True)])
+
+    @overload
+    def step(self, grads_or_closure: Callable[[Any], Any], *, has_aux: bool = False) -> Any: ...
+    @overload
+    def step(self, grads_or_closure: Any) -> Any: ...
+    def step(self, grads_or_closure: Any = None, *, has_aux: bool = False) -> Any:
+        """One optimization step.
+
+        Args:
+          grads_or_closure: gradients like `params` (a None leaf leaves that parameter, its
+            states and its step count alone), or a function of the parameters that returns the
+            loss, which is differentiated here.
+          has_aux: the closure returns ``(loss, aux)``.
+
+        Returns:
+          What the closure returned, or None.
+
+        Raises:
+          ValueError: if the gradients do not fit the parameters, or a group's value is out of
+            range; parameters and state are then untouched.
+        """
+        value, grads = self._gradients(grads_or_closure, has_aux)
+        owned = _is_closure(grads_or_closure) and not self.modules()
+        if owned:
+            self._own()
+        self._apply_gradients(grads, _step_donating_params if owned else _step)
+        return value
+
+    def _apply_gradients(self, grads: list[Any], step: Callable[..., Any]) -> None:
+        params = self._values()
+        _check_not_leaking(grads, [*params, *(c.count for c in self._clocks)])
+        split = [partition(hyper) for hyper in self._checked_hyper()]
+        position = {name: i for i, name in enumerate(self._names)}
+        plan = _Plan(
+            self.pure.rule,
+            tuple(static for _, static in split),
+            tuple(tuple(position[n] for n in g["params"]) for g in self.param_groups),
+            tuple(self._names),
+        )
+        numbers = [tuple(as_argument(x) for x in numbers) for numbers, _ in split]
+        self._own_state()
+        check_grads(grads, params, lambda: self._names)
+        params, state = step(plan, _StepState(self._states, self._clocks), numbers, grads, params)
+        self._states, self._clocks = state
+        self._set_values(params)
+
+    # --- hyper-parameters --------------------------------------------------------------------
+
+    def _hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return normalize({name: group[name] for name in self.defaults})
+
+    def _checked_hyper(self) -> list[dict[str, Any]]:
+        """The groups' values; those edited since the last step are checked again."""
+        result = []
+        for i, (group, old) in enumerate(zip(self.param_groups, self._checked, strict=True)):
+            hyper = self._hyper(group)
+            edited = any(hyper[k] is not old[k] for k in hyper)
+            if edited and not _is_traced(hyper):  # traced ones were checked before the trace
+                try:
+                    self.pure.rule(**hyper)
+                    present = {k for s in self._states[i][:1] for k, v in _items(s) if v is not None}
+                    present |= {k for k, _ in _items(self._clocks[i].clock)}
+                    if self._states[i]:
+                        check_buffers(self.pure.rule, old, hyper, present)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"param_groups[{i}]: {error}") from None
+                self._checked[i] = hyper
+            result.append(hyper)
+        return result
+
+    def _check_groups(self) -> None:
+        self._checked_hyper()
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        self.pure.rule(**self._hyper(group))
+
+    # --- state -------------------------------------------------------------------------------
+
+    def state_names_to_sparsify(self) -> list[str]:
+        """Names of the states that a sparsity mask of the parameter applies to."""
+        return list(self.states_to_sparsify)
+
+    @property
+    def state(self) -> Mapping[str, Mapping[str, Any]]:
+        """A read-only view: per parameter name, the states by name. See `visit_state`."""
+        self._state_shared = True
+        entries = zip(self._names, self._entries(), strict=True)
+        return MappingProxyType({name: MappingProxyType(entry) for name, entry in entries})
+
+    def _stores_step(self, group: Mapping[str, Any]) -> bool:
+        """Whether the step count is needed to continue: by the formula, or by a schedule."""
+        scheduled = any(callable(x) for x in partition(self._hyper(group))[1][1])
+        return self.enable_global_step or self.counts_steps or scheduled
+
+    def _entries_of(self, groups: int) -> dict[str, dict[str, Any]]:
+        entries = {}
+        for group, states, clock in zip(
+            self.param_groups[:groups], self._states, self._clocks, strict=True
+        ):
+            scalars = {k: _readable(v) for k, v in _items(clock.clock)}
+            if self._stores_step(group):
+                scalars["step"] = _readable(clock.count).astype(np.float32)
+            for i, (name, state) in enumerate(zip(group["params"], states, strict=True)):
+                arrays = {k: v for k, v in _items(state) if v is not None}
+                entries[name] = arrays | {k: v[i] for k, v in scalars.items()}
+        return entries
+
+    def _entries(self) -> list[dict[str, Any]]:
+        entries = self._entries_of(len(self.param_groups))
+        return [entries[name] for name in self._names]
+
+    def _set_entries(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        by_name = dict(zip(self._names, entries, strict=True))
+        for g, group in enumerate(self.param_groups):
+            mine = [by_name[name] for name in group["params"]]
+            self._states[g] = [
+                type(s)(*(e.get(k) for k in s._fields))
+                for s, e in zip(self._states[g], mine, strict=True)
+            ]
+            count, clock = self._clocks[g]
+            if not mine:
+                continue
+            if "step" in mine[0]:
+                steps = jnp.stack([jnp.asarray(e["step"]) for e in mine])
+                count = _saturating_int32(steps)
+            columns = {
+                k: jnp.stack([jnp.asarray(e[k], v.dtype) for e in mine]) for k, v in _items(clock)
+            }
+            if columns:
+                clock = type(clock)(**columns)
+            self._clocks[g] = GroupClock(count, clock)
+        self._state_shared = True
+
+    def _increment(self, index: int) -> Array:
+        name = self._names[index]
+        for g, group in enumerate(self.param_groups):
+            if name in group["params"]:
+                i = group["params"].index(name)
+                count, clock = self._clocks[g]
+                count = count.at[i].set(_saturating_increment(count[i]))
+                self._clocks[g] = GroupClock(count, clock)
+                return count[i]
+        raise KeyError(f"no parameter is called {name!r}")
+
+    def _state_arrays(self) -> _StepState:
+        return _StepState(self._states, self._clocks)
+
+    def _set_state_arrays(self, state: _StepState) -> None:
+        self._states, self._clocks = state
+
+    # --- other people's state ------------------------------------------------------------------
+
+    def import_state(self, entry: Mapping[str, Any], group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Hook: turns another library's state of one parameter into ours."""
+        return entry
+
+    def _import_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return check_group(group, self.defaults, self.torch_flags)
+
+    def _import_state(self, entry: Any, group: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
+        if entry is None:
+            return None
+        entry = dict(self.import_state(entry, group))
+        if "step" not in ours:
+            entry.pop("step", None)
+        return entry
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+
+def _items(state: Any) -> list[tuple[str, Any]]:
+    return list(zip(state._fields, state, strict=True)) if hasattr(state, "_fields") else []
+
+
+def _group_values(group: Mapping[str, Any]) -> dict[str, Any]:
+    return normalize({k: v for k, v in group.items() if k != "params"})
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def _is_closure(x: Any) -> bool:
+    """A function, as opposed to a tree of gradients, which may be callable too."""
+    return isinstance(x, functools.partial | jax.tree_util.Partial) or (
+        callable(x) and jax.tree_util.all_leaves([x])
+    )
+
+
+def as_argument(x: Any) -> Any:
+    """A number as an argument of a compiled step: always the same type, whatever the value."""
+    if isinstance(x, jax.core.Tracer):
+        return x
+    dtype = jax.dtypes.canonicalize_dtype(float)
+    return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
+
+
+def _readable(x: Any) -> Any:
+    """A vector that will be read element by element: on the host, unless it is traced."""
+    return x if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+def _saturating_increment(count: Array) -> Array:
+    return jnp.where(count < jnp.iinfo(count.dtype).max, count + 1, count)
+
+
+def _saturating_int32(steps: Array) -> Array:
+    limit = np.iinfo(np.int32).max
+    return jnp.where(steps >= limit, limit, steps.astype(jnp.int32))
+
+
+def _check_not_leaking(grads: Sequence[Any], own: Sequence[Any]) -> None:
+    """A traced step of an optimizer from outside the trace would leave tracers in it."""
+    if any(isinstance(g, jax.core.Tracer) for g in grads[:1]) and not any(
+        isinstance(x, jax.core.Tracer) for x in own
+    ):
+        raise RuntimeError(
+            "step was called in a traced function on an optimizer from outside it; make the "
+            "optimizer an argument of a function decorated with cerebras_jax.trace"
+        )
+
+
+def _shell_signature(cls: type[RuleOptimizer]) -> inspect.Signature:
+    kinds = inspect.Parameter
+    own = [
+        kinds("params", kinds.POSITIONAL_OR_KEYWORD),
+        *inspect.signature(cls.pure.rule).parameters.values(),
+        kinds("enable_global_step", kinds.KEYWORD_ONLY, default=cls.counts_steps, annotation=bool),
+        kinds("state_dtype", kinds.KEYWORD_ONLY, default=None),
+    ]
+    return inspect.Signature(own)
+
+
+def _shell_doc(cls: type[RuleOptimizer]) -> str:
+    name = cls.pure.__name__
+    doc = (inspect.getdoc(cls.pure) or name).split("\n\n>>>")[0]
+    return f"The optimizer `{name}` as a class that owns its parameters; see `Optimizer`.\n\n{doc}"
+
+
+# --- pytrees -------------------------------------------------------------------------------------
+
+
+class _Static:
+    """What of an optimizer is not an array: compared by value, and holds no buffers."""
+
+    def __init__(self, key: tuple, attributes: dict[str, Any]):
+        self.key, self.attributes = key, attributes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def _flatten(opt: Optimizer) -> tuple[tuple, _Static]:
+    opt._params_shared = opt._state_shared = True
+    graphdef, modules = nnx.split(tuple(opt.modules()))
+    dynamic = opt._dynamic()
+    sources = []
+    for source in opt._sources:
+        empty = copy.copy(source)
+        if isinstance(empty, TreeSource):
+            empty.values = []
+        else:
+            empty.__dict__.clear()
+        sources.append(empty)
+    attributes = {
+        **opt.__dict__,
+        "_sources": sources,
+        "_state": {},
+        "_states": [],
+        "_clocks": [],
+        "_checked": [],
+        "param_groups": [
+            {**g, **combine([0.0] * len(n), partition(_group_values(g))[1])}
+            for g, n in zip(opt.param_groups, dynamic["numbers"], strict=True)
+        ],
+    }
+    return (dynamic, modules), _Static((opt._static(), graphdef), attributes)
+
+
+def _unflatten(cls: type[Optimizer], static: _Static, children: tuple) -> Any:
+    dynamic, state = children
+    opt = object.__new__(cls)
+    opt.__dict__.update(static.attributes)
+    opt._sources = [copy.copy(source) for source in opt._sources]
+    opt.param_groups = [dict(group) for group in opt.param_groups]
+    modules = iter(nnx.merge(static.key[1], state))
+    for source in opt._sources:
+        if isinstance(source, ModuleSource):
+            source.attach(next(modules))
+    opt._set_dynamic(dynamic)
+    if isinstance(opt, RuleOptimizer):
+        opt._checked = [opt._hyper(g) for g in opt.param_groups]
+    return cast(Self, opt)

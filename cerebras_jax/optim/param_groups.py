@@ -1,0 +1,83 @@
+"""Parameter groups by name: globs on the dotted paths of a tree."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cerebras_jax.optim.sources import Source, make_source
+
+
+class ParamGroups(list):
+    """Groups of parameter names, together with the tree or module that the names belong to."""
+
+    def __init__(self, source: Source, groups: Sequence[dict[str, Any]]):
+        super().__init__(groups)
+        self.source = source
+
+
+def param_groups(params: Any, groups: Sequence[Mapping[str, Any]]) -> ParamGroups:
+    """Splits the parameters of a tree into groups by globs on their dotted paths.
+
+    Args:
+      params: a pytree of arrays or an nnx.Module.
+      groups: ``{"params": pattern or patterns, **values}``; a parameter belongs to the first
+        group with a pattern that matches its whole path (``*`` matches dots too). What no group
+        takes forms a last group with the optimizer's defaults.
+
+    Returns:
+      Groups to give to an optimizer, which keeps the structure of ``params``.
+
+    Raises:
+      ValueError: if a pattern matches no parameter, or a group is left empty.
+
+    >>> import jax.numpy as jnp
+    >>> tree = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    >>> param_groups(tree, [{"params": ["*bias"], "weight_decay": 0.0}])
+    [{'params': ['dense.bias'], 'weight_decay': 0.0}, {'params': ['dense.kernel']}]
+    """
+    source = make_source(params)
+    remaining = list(source.names)
+    result: list[dict[str, Any]] = []
+    for i, group in enumerate(groups):
+        patterns = group_patterns(i, group)
+        for pattern in patterns:
+            if not matching(pattern, source.names):
+                raise ValueError(
+                    f"group {i}: pattern {pattern!r} matches none of the parameters "
+                    f"{_shorten(source.names)}"
+                )
+        mine = [n for n in remaining if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+        if not mine:
+            raise ValueError(f"group {i}: earlier groups already hold all of {patterns}")
+        remaining = [n for n in remaining if n not in set(mine)]
+        result.append({**group, "params": mine})
+    if remaining:
+        result.append({"params": remaining})
+    return ParamGroups(source, result)
+
+
+def group_patterns(index: int, group: Mapping[str, Any]) -> list[str]:
+    """The patterns of one group, checked."""
+    patterns = group.get("params")
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f'group {index}: "params" must be glob patterns, got {patterns!r}')
+    return list(patterns)
+
+
+def matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that a glob matches."""
+    return [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+
+
+def is_group_list(params: Any) -> bool:
+    """Whether ``params`` is a list of group dicts rather than a tree of parameters."""
+    return (
+        isinstance(params, list | tuple)
+        and len(params) > 0
+        and all(isinstance(g, Mapping) and "params" in g for g in params)
+    )
+
+
+def _shorten(names: Sequence[str], most: int = 8) -> str:
+    return f"{list(names[:most])}{' ...' if len(names) > most else ''}"

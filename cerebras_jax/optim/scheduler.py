@@ -1,0 +1,490 @@
+"""The stateful shell around a schedule: a counter, and where to write the value."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, ParamSpec, cast, overload
+
+import jax
+import numpy as np
+
+from cerebras_jax import schedules
+from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.state_dict import plain_value
+
+P = ParamSpec("P")
+
+
+class Scheduler(ABC):
+    """Writes a schedule's value into one key of an optimizer's parameter groups.
+
+    Making one sets the value of step 0; ``step()`` after every ``optimizer.step()`` sets the
+    next. The optimizer's own value is never read.
+
+    A subclass needs only `_get_closed_form_lr`, a function of ``self.last_epoch`` that may be
+    traced:
+
+    >>> import jax.numpy as jnp
+    >>> from cerebras_jax import optim
+    >>> class HalvingLR(optim.lr_scheduler.LRScheduler):
+    ...     def __init__(self, optimizer, initial_learning_rate):
+    ...         self.initial_learning_rate = initial_learning_rate
+    ...         super().__init__(optimizer)
+    ...     def _get_closed_form_lr(self):
+    ...         return self.initial_learning_rate * 0.5**self.last_epoch
+    >>> sched = HalvingLR(optim.SGD(jnp.ones(3), lr=1.0), initial_learning_rate=0.8)
+    >>> sched.step()
+    >>> sched.get_last_lr()
+    [0.4]
+
+    Args:
+      optimizer: whose groups to write to.
+      total_iters: how long the schedule lasts; informational.
+      last_epoch: the step before the first one.
+      param_group_tags: write only to groups whose ``"tags"`` (or ``"tag"``) have one of these;
+        None stands for groups without tags. By default all groups.
+
+    Raises:
+      TypeError: if ``optimizer`` is not an `Optimizer`.
+      ValueError: if no group has one of the tags, or another scheduler in use writes the same
+        key of the same group.
+    """
+
+    key: ClassVar[str]
+    optimizer: Optimizer
+    last_epoch: Any
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_iters: int | None = None,
+        last_epoch: int = -1,
+        param_group_tags: Sequence[str | None] | None = None,
+    ):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be an Optimizer, got {type(optimizer).__name__}")
+        self.optimizer = optimizer
+        if total_iters is not None or not hasattr(self, "total_iters"):
+            self.total_iters = total_iters
+        self.param_group_tags = _as_tags(param_group_tags)
+        if not self._groups():
+            found = sorted({str(t) for g in optimizer.param_groups for t in group_tags(g)})
+            raise ValueError(
+                f"param_group_tags {list(self.param_group_tags or ())} match no parameter group; "
+                f"the groups' tags are {found}"
+            )
+        if self.key not in self._groups()[0]:
+            raise ValueError(f"{type(optimizer).__name__} has no {self.key!r} to schedule")
+        self.last_epoch = last_epoch
+        self._last_lr: list[Any] = []
+        self._check_unclaimed()
+        self._advance()
+
+    # --- the value ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def _get_closed_form_lr(self) -> Any:
+        """The value at ``self.last_epoch``: a number."""
+
+    @property
+    def schedule(self) -> Callable[[Any], Any]:
+        """The pure schedule that this applies: a function of the step."""
+        return _ClosedForm(self)
+
+    def get_lr(self) -> list[Any]:
+        """The value for each group at ``last_epoch``."""
+        value = self._get_closed_form_lr()
+        return [value for _ in self._groups()]
+
+    def get_last_lr(self) -> list[Any]:
+        """The values last written, one for each group."""
+        return list(self._last_lr)
+
+    # --- stepping ----------------------------------------------------------------------------
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Advances by one step and writes the new value; call it after ``optimizer.step()``."""
+        self._check_unclaimed()
+        self._claim()
+        self._advance()
+
+    def _advance(self) -> None:
+        self.increment_last_epoch()
+        self.update_groups(self.get_lr())
+        self.update_last_lr()
+
+    def increment_last_epoch(self) -> None:
+        """Adds 1 to ``last_epoch``."""
+        epoch = self.last_epoch
+        if isinstance(epoch, jax.Array) and not isinstance(epoch, jax.core.Tracer):
+            epoch = int(epoch)
+        self.last_epoch = epoch + 1
+
+    def update_groups(self, values: Sequence[Any]) -> None:
+        """Writes one value into each group."""
+        for group, value in zip(self._groups(), values, strict=True):
+            group[self.key] = value
+
+    def update_last_lr(self) -> None:
+        """Remembers what the groups hold now."""
+        self._last_lr = [group[self.key] for group in self._groups()]
+
+    # --- groups ------------------------------------------------------------------------------
+
+    def _groups(self) -> list[dict[str, Any]]:
+        tags = self.param_group_tags
+        return [
+            g for g in self.optimizer.param_groups if tags is None or set(tags) & group_tags(g)
+        ]
+
+    def _check_unclaimed(self) -> None:
+        claims = claims_of(self.optimizer)
+        for i, group in enumerate(self.optimizer.param_groups):
+            other = claims.get((i, self.key), lambda: None)()
+            if other is not None and other is not self and any(g is group for g in self._groups()):
+                raise ValueError(
+                    f"param_groups[{i}][{self.key!r}] is already written by {other!r}; combine "
+                    "schedulers with SequentialLR or ChainedScheduler"
+                )
+
+    def _claim(self) -> None:
+        mine = self._groups()
+        for i, group in enumerate(self.optimizer.param_groups):
+            if any(g is group for g in mine):
+                claims_of(self.optimizer)[i, self.key] = weakref.ref(self)
+
+    # --- state_dict --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """``last_epoch`` and the constructor's values."""
+        hidden = ("optimizer", "_last_lr")
+        state = {k: plain_value(v) for k, v in vars(self).items() if k not in hidden}
+        return {**state, "_last_lr": [plain_value(v) for v in self._last_lr]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned, and writes the value into the groups.
+
+        Raises:
+          ValueError: if the dict lacks a key, or has one that this scheduler has not.
+        """
+        self._load(state_dict)
+        self.update_groups(self.get_lr())
+        self.update_last_lr()
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        expected, given = set(self.state_dict()), set(state_dict)
+        _check_keys(type(self).__name__, given, expected, optional={"_last_lr"})
+        for key, value in state_dict.items():
+            if key != "_last_lr":
+                setattr(self, key, copy.copy(value))
+
+    # --- the parts that change, for trace --------------------------------------------------------
+
+    def _dynamic(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch, "last_lr": self._last_lr}
+
+    def _set_dynamic(self, dynamic: Mapping[str, Any]) -> None:
+        self.last_epoch, self._last_lr = dynamic["last_epoch"], dynamic["last_lr"]
+
+    def _static(self) -> tuple:
+        hidden = ("optimizer", "last_epoch", "_last_lr")
+        return (type(self), tuple((k, _Frozen(v)) for k, v in vars(self).items() if k not in hidden))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __repr__(self) -> str:
+        epoch = plain_value(self.last_epoch)
+        return f"{type(self).__name__}(last_epoch={epoch}, {self.key}={self._shown()})"
+
+    def _shown(self) -> Any:
+        values = [plain_value(v) for v in self._last_lr]
+        return values[0] if len(values) == 1 else values
+
+
+class _ClosedForm:
+    """A scheduler subclass's closed form as a pure function of the step."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+
+    def __call__(self, step: Any) -> Any:
+        twin = copy.copy(self.scheduler)
+        twin.last_epoch = step
+        return twin._get_closed_form_lr()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ClosedForm) and self.scheduler is other.scheduler
+
+    def __hash__(self) -> int:
+        return id(self.scheduler)
+
+    def __repr__(self) -> str:
+        return f"{type(self.scheduler).__name__}.schedule"
+
+
+class ScheduleScheduler(Scheduler, Generic[P]):
+    """A scheduler that applies a pure schedule, with that schedule's signature."""
+
+    schedule_type: ClassVar[Any]
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "schedule_type" in dir(cls) and "__init__" not in vars(cls):
+            cls.__signature__ = _shell_signature(cls)  # pyright: ignore
+            if not vars(cls).get("__doc__"):
+                cls.__doc__ = (
+                    f"Writes the schedule `{cls.schedule_type.__name__}` into ``{cls.key!r}``; see "
+                    f"`Scheduler`.\n\n{inspect.getdoc(cls.schedule_type)}"
+                )
+
+    @overload
+    def __init__(self, optimizer: Optimizer, *args: P.args, **kwargs: P.kwargs) -> None: ...
+    @overload
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *args: Any,
+        param_group_tags: Sequence[str | None] | None = ...,
+        **kwargs: Any,
+    ) -> None: ...
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *args: Any,
+        param_group_tags: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ):
+        shell = _shell_signature(type(self))
+        bound = shell.bind(optimizer, *args, param_group_tags=param_group_tags, **kwargs)
+        back = {new: old for old, new in self.renamed.items()}
+        values = {
+            back.get(k, k): v
+            for k, v in bound.arguments.items()
+            if k not in ("optimizer", "param_group_tags")
+        }
+        self._schedule = self.schedule_type(**values)
+        super().__init__(
+            optimizer,
+            total_iters=getattr(self._schedule, "total_iters", None),
+            param_group_tags=param_group_tags,
+        )
+
+    @property
+    def schedule(self) -> Callable[[Any], Any]:
+        return self._schedule
+
+    def _get_closed_form_lr(self) -> Any:
+        return self.schedule(self.last_epoch)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        back = {new: old for old, new in self.renamed.items()}
+        return getattr(self._schedule, back.get(name, name))
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            self.renamed.get(f.name, f.name): getattr(self._schedule, f.name)
+            for f in dataclasses.fields(self._schedule)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        del state["_schedule"]
+        return state | {k: plain_value(v) for k, v in self._fields().items()}
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        _check_keys(
+            type(self).__name__, set(state_dict), set(self.state_dict()), optional={"_last_lr"}
+        )
+        back = {new: old for old, new in self.renamed.items()}
+        values = {back.get(k, k): state_dict[k] for k in self._fields()}
+        self._schedule = dataclasses.replace(self._schedule, **values)
+        self.last_epoch = state_dict["last_epoch"]
+        self.total_iters = getattr(self._schedule, "total_iters", None)
+        self.param_group_tags = _as_tags(state_dict["param_group_tags"])
+
+
+class SchedulerComposition(Scheduler):
+    """A scheduler made of schedulers, which it takes over: only it is stepped."""
+
+    _schedulers: list[Scheduler]
+
+    def _adopt(self, optimizer: Optimizer, children: Any) -> None:
+        children = list(children)
+        if not children:
+            raise ValueError(f"{type(self).__name__} needs at least one scheduler, got none")
+        for i, child in enumerate(children):
+            if not isinstance(child, Scheduler):
+                raise TypeError(f"schedulers[{i}] must be a scheduler, got {child!r}")
+            if child.optimizer is not optimizer:
+                raise ValueError(f"schedulers[{i}] belongs to another optimizer")
+            if child.key != children[0].key:
+                raise ValueError(
+                    f"schedulers[{i}] writes {child.key!r}, schedulers[0] {children[0].key!r}"
+                )
+        self._schedulers = children
+
+    def _child_epochs(self) -> list[int]:
+        """The step that each child is at."""
+        return [int(self.last_epoch)] * len(self._schedulers)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        children = []
+        for child, epoch in zip(self._schedulers, self._child_epochs(), strict=True):
+            twin = copy.copy(child)
+            twin.last_epoch = epoch
+            twin._last_lr = [plain_value(v) for v in twin.get_lr()]
+            children.append(twin.state_dict())
+        return {**state, "_schedulers": children}
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
+        expected = set(self.state_dict())
+        _check_keys(type(self).__name__, set(state_dict), expected, optional={"_last_lr"})
+        children = state_dict["_schedulers"]
+        if len(children) != len(self._schedulers):
+            raise ValueError(
+                f"{type(self).__name__} has {len(self._schedulers)} schedulers, the state dict "
+                f"{len(children)}"
+            )
+        for child, state in zip(self._schedulers, children, strict=True):
+            child._load(state)
+        super()._load({k: v for k, v in state_dict.items() if k != "_schedulers"} | {
+            "_schedulers": self._schedulers
+        })
+
+    def _static(self) -> tuple:
+        children = tuple(child._static() for child in self._schedulers)
+        own = [(k, v) for k, v in super()._static()[1] if k != "_schedulers"]
+        return (type(self), tuple(own), children)
+
+    def _get_closed_form_lr(self) -> Any:
+        return self.schedule(self.last_epoch)
+
+
+class SequentialScheduler(SchedulerComposition):
+    """One scheduler after another: ``schedulers[j+1]`` takes over at ``milestones[j]``.
+
+    Args:
+      optimizer: the optimizer that all of them schedule.
+      schedulers: the schedulers, each counting its own steps from 0; they may be compositions.
+      milestones: increasing steps, one fewer than schedulers.
+      last_epoch: the step before the first one.
+
+    Raises:
+      ValueError: if the lengths do not match, the milestones do not increase, or a scheduler
+        belongs to another optimizer or writes another key.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedulers: Sequence[Scheduler],
+        milestones: Sequence[int],
+        last_epoch: int = -1,
+        param_group_tags: Sequence[str | None] | None = None,
+    ):
+        self._adopt(optimizer, schedulers)
+        self._milestones = list(milestones)
+        self.schedule  # noqa: B018 - checks lengths and order
+        super().__init__(optimizer, None, last_epoch, param_group_tags)
+
+    @property
+    def schedule(self) -> Callable[[Any], Any]:
+        children = [child.schedule for child in self._schedulers]
+        return schedules.sequential(children, self._milestones)
+
+    def _child_epochs(self) -> list[int]:
+        starts = [0, *self._milestones]
+        ends = [*self._milestones, np.inf]
+        now = int(self.last_epoch)
+        return [
+            int(max(min(now, end - 1) - start, 0)) for start, end in zip(starts, ends, strict=True)
+        ]
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+
+class _Frozen:
+    """A constructor value in a key: hashed if it can be, else the same only as itself."""
+
+    def __init__(self, value: Any):
+        self.value = tuple(value) if isinstance(value, list) else value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Frozen):
+            return False
+        if self.value is other.value:
+            return True
+        try:
+            hash(self.value), hash(other.value)
+        except TypeError:
+            return False
+        return type(self.value) is type(other.value) and bool(self.value == other.value)
+
+    def __hash__(self) -> int:
+        try:
+            return hash(self.value)
+        except TypeError:
+            return id(self.value)
+
+
+def group_tags(group: Mapping[str, Any]) -> set[str | None]:
+    """The tags of a parameter group; {None} if it has none."""
+    tags = group.get("tags", group.get("tag"))
+    if tags is None:
+        return {None}
+    return {tags} if isinstance(tags, str) else set(tags) or {None}
+
+
+def _as_tags(tags: Any) -> tuple[str | None, ...] | None:
+    if tags is None:
+        return None
+    return (tags,) if isinstance(tags, str) else tuple(tags)
+
+
+_CLAIMS: weakref.WeakKeyDictionary[Optimizer, dict] = weakref.WeakKeyDictionary()
+
+
+def claims_of(optimizer: Optimizer) -> dict[tuple[int, str], Any]:
+    """Which scheduler is in use for which group and key of an optimizer."""
+    return _CLAIMS.setdefault(optimizer, {})
+
+
+def _check_keys(name: str, given: set[str], expected: set[str], optional: set[str]) -> None:
+    missing, extra = sorted(expected - given - optional), sorted(given - expected)
+    if missing or extra:
+        raise ValueError(f"state dict of {name}: missing {missing}, unexpected {extra}")
+
+
+def _shell_signature(cls: type[ScheduleScheduler]) -> inspect.Signature:
+    parameter = inspect.Parameter
+    own = [
+        p.replace(name=cls.renamed.get(p.name, p.name))
+        for p in inspect.signature(cls.schedule_type).parameters.values()
+    ]
+    return inspect.Signature(
+        [
+            parameter("optimizer", parameter.POSITIONAL_OR_KEYWORD, annotation=Optimizer),
+            *own,
+            parameter("param_group_tags", parameter.KEYWORD_ONLY, default=None),
+        ]
+    )
+
+
+def scheduler_of(base: type[Scheduler], schedule_type: Callable[P, Any]) -> type[ScheduleScheduler[P]]:
+    """The base class of the scheduler that applies ``schedule_type`` to ``base.key``."""
+    name = f"{base.__name__}Of{schedule_type.__name__}"
+    attributes = {"schedule_type": schedule_type, "renamed": getattr(base, "renamed", {})}
+    return cast(
+        "type[ScheduleScheduler[P]]", type(name, (ScheduleScheduler, base), attributes)
+    )
