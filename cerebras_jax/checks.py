@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 _RULES: dict[str, Callable[[float], bool]] = {
     ">= 0": lambda x: x >= 0,
@@ -24,13 +25,13 @@ def is_number(x: Any) -> bool:
     if isinstance(x, bool | np.bool_):
         return False
     if isinstance(x, jax.Array | np.ndarray):
-        return np.issubdtype(x.dtype, np.number) or x.dtype == jax.numpy.bfloat16
+        return jax.numpy.issubdtype(x.dtype, jax.numpy.number)
     return isinstance(x, int | float | np.number)
 
 
-def is_concrete(x: Any) -> bool:
-    """Whether the value of the number ``x`` can be read now, without tracing."""
-    return is_number(x) and not isinstance(x, jax.core.Tracer)
+def is_traced(x: Any) -> bool:
+    """Whether the value of ``x`` is known only when a compiled program runs."""
+    return isinstance(x, Tracer)
 
 
 def check(name: str, value: Any, rule: str) -> None:
@@ -58,7 +59,7 @@ def check(name: str, value: Any, rule: str) -> None:
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}")
     if np.shape(value) != ():
         raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}")
-    if is_concrete(value):
+    if not is_traced(value):
         number = float(value)
         if not (math.isfinite(number) and _RULES[rule](number)):
             raise ValueError(f"{name} must be {rule}, got {number:g}")

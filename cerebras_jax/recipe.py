@@ -81,7 +81,9 @@ class Recipe:
         """
         groups = self.param_groups(params)
         values = {**self.optimizer_values, **{key: self.schedule(key) for key in self.schedules}}
-        parts = {str(i): self._pure(values, group) for i, group in enumerate(groups)}
+        parts: dict[Any, Any] = {
+            str(i): self._pure(values, group) for i, group in enumerate(groups)
+        }
         label = {name: str(i) for i, group in enumerate(groups) for name in group["params"]}
         labels = [label[name] for name in groups.source.names]
 

@@ -135,6 +135,11 @@ def as_number(x: Any) -> Array:
     return jnp.asarray(x, dtype=float)
 
 
+def saturating_increment(count: Array) -> Array:
+    """Adds 1 to a step count, which stays at its largest value instead of overflowing."""
+    return jnp.where(count < jnp.iinfo(count.dtype).max, count + 1, count)
+
+
 # --- one leaf ----------------------------------------------------------------------------------
 
 
@@ -396,10 +401,10 @@ def per_parameter(factory: Callable[P, Rule]) -> PureOptimizer[P]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         hyper = normalize(bound.arguments)
-        factory(**hyper)  # checks ranges now, at the earliest call
+        factory(**hyper)  # pyright: ignore - checks ranges now, at the earliest call
         return optax.GradientTransformationExtraArgs(
             functools.partial(_init_tree, factory, hyper, state_dtype),
-            functools.partial(_update_tree, factory, hyper),
+            functools.partial(_update_tree, factory, hyper),  # pyright: ignore
         )
 
     dtype_parameter = inspect.Parameter("state_dtype", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -438,7 +443,8 @@ def state_names(rule: Rule) -> list[str]:
         for shape in ((), (2, 2))
     ]
     return [
-        name for name, *values in zip(probes[0]._fields, *probes, strict=True)
+        name
+        for name, *values in zip(probes[0]._fields, *probes, strict=True)
         if any(v is not None for v in values)
     ]
 
@@ -446,10 +452,12 @@ def state_names(rule: Rule) -> list[str]:
 def _columns(rule: Rule, names: list[str], treedef: Any, rows: list[Any]) -> Any:
     """Turns one NamedTuple per parameter into one NamedTuple of trees."""
     kind = type(jax.eval_shape(rule.init, jax.ShapeDtypeStruct((), jnp.float32)))
-    return kind(*(
-        treedef.unflatten([getattr(row, name) for row in rows]) if name in names else None
-        for name in kind._fields
-    ))
+    return kind(
+        *(
+            treedef.unflatten([getattr(row, name) for row in rows]) if name in names else None
+            for name in kind._fields
+        )
+    )
 
 
 def _update_tree(
@@ -479,7 +487,9 @@ def _update_tree(
         [None] * len(p_leaves) if tree is None else align(treedef, tree, f"state {name!r}")
         for name, tree in _fields(state.states)
     ]
-    rows = [kind(*row) for row in zip(*columns, strict=True)] if columns else [kind()] * len(p_leaves)
+    rows = (
+        [kind(*row) for row in zip(*columns, strict=True)] if columns else [kind()] * len(p_leaves)
+    )
     new_rows, updates = [], []
     for g, s, p in zip(g_leaves, rows, p_leaves, strict=True):
         if g is None:
@@ -488,11 +498,13 @@ def _update_tree(
             u, new = _update_leaf(factory, static, numbers, now, jnp.asarray(g), s, p)
         updates.append(u)
         new_rows.append(new)
-    states = kind(*(
-        None if tree is None else treedef.unflatten([getattr(row, name) for row in new_rows])
-        for name, tree in _fields(state.states)
-    ))
-    count = optax.safe_increment(state.count)
+    states = kind(
+        *(
+            None if tree is None else treedef.unflatten([getattr(row, name) for row in new_rows])
+            for name, tree in _fields(state.states)
+        )
+    )
+    count = saturating_increment(state.count)
     return treedef.unflatten(updates), RuleState(count, clock, states)
 
 
@@ -513,9 +525,7 @@ def _checked_overrides(
         present |= set(getattr(state.clock, "_fields", ()))
         check_buffers(factory, hyper, {**hyper, **mine}, present)
     # An override is always traced: a new value must not be a new program.
-    return jax.tree.map(
-        lambda x: x if callable(x) else as_number(x), mine, is_leaf=_is_hyper_leaf
-    )
+    return jax.tree.map(lambda x: x if callable(x) else as_number(x), mine, is_leaf=_is_hyper_leaf)
 
 
 # --- the stateful form: lists of leaves, a clock for every parameter ------------------------------
@@ -571,7 +581,7 @@ def update_group(
 
     scheduled, now, ticked = jax.vmap(tick)(clock.count, clock.clock)
     step_static = (static[0], tuple(NUMBER if callable(x) else x for x in static[1]))
-    count = jax.vmap(optax.safe_increment)(clock.count)
+    count = saturating_increment(clock.count)
     present = np.array([g is not None for g in grads], bool)
     if not present.all():
         count = jnp.where(present, count, clock.count)
@@ -600,5 +610,7 @@ def _merge_numbers(leaves: tuple, numbers: Sequence[Any], scheduled: Sequence[An
 def _unstack(tree: Any, n: int) -> list[Any]:
     """One tree of vectors -> a list of n trees of scalars."""
     leaves, treedef = jax.tree.flatten(tree)
-    columns = [[x.reshape(()) for x in jax.lax.split(leaf, (1,) * n)] if n else [] for leaf in leaves]
+    columns = [
+        [x.reshape(()) for x in jax.lax.split(leaf, (1,) * n)] if n else [] for leaf in leaves
+    ]
     return [treedef.unflatten([column[i] for column in columns]) for i in range(n)]

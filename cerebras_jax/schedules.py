@@ -17,6 +17,7 @@ decay over 18,773,260 steps loses nothing.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, dataclass_transform
@@ -127,7 +128,7 @@ def _float(x: Any, xp: Any) -> Any:
 
 
 def _whole(x: Any) -> Any:
-    """A number of steps as an int where it is one that int32 holds, so that differences are exact."""
+    """A number of steps as an int where int32 holds it, so that differences are exact."""
     if isinstance(x, float) and x.is_integer():
         x = int(x)
     return float(x) if isinstance(x, int) and abs(x) > _INT32_MAX else x
@@ -168,7 +169,7 @@ def _check_milestones(milestones: Sequence[Any]) -> None:
         raise TypeError(f"milestones must be a list of steps, got {milestones!r}")
     for i, m in enumerate(milestones):
         checks.check(f"milestones[{i}]", m, ">= 0")
-    if any(a >= b for a, b in zip(milestones, milestones[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(milestones)):
         raise ValueError(f"milestones must be increasing, got {list(milestones)}")
 
 

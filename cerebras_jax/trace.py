@@ -1,15 +1,16 @@
 """Whole-graph compile: one training step, one XLA program, arguments updated in place."""
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cerebras_jax.checks import is_number
+from cerebras_jax.checks import is_number, is_traced
 from cerebras_jax.optim.optimizer import Optimizer, as_argument
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.optim.sources import ModuleSource
@@ -66,6 +67,13 @@ def trace(fn: Callable[P, R]) -> Callable[P, R]:
     return traced
 
 
+class _Slot(NamedTuple):
+    """What stands at one place of the arguments."""
+
+    kind: str  # "object", "module", "array" or "static"
+    value: Any  # index of the object or module; None for an array; the static value
+
+
 class _Call:
     """One call: the stateful objects in the arguments, and a key for the program it needs.
 
@@ -74,63 +82,63 @@ class _Call:
     """
 
     def __init__(self, arguments: Any):
-        leaves, self.treedef = jax.tree.flatten(arguments, is_leaf=_is_stateful)
-        self.objects: list[Any] = []
+        leaves, treedef = jax.tree.flatten(arguments, is_leaf=_is_stateful)
+        self.objects: list[Optimizer | Scheduler] = []
         self.modules: list[nnx.Module] = []
-        positions = [self._register(x) if _is_stateful(x) else None for x in leaves]
-        for obj in list(self.objects):
-            if isinstance(obj, Scheduler):
-                self._register(obj.optimizer)
-        for obj in self.objects:
-            if isinstance(obj, Optimizer):
-                for module in obj.modules():
-                    self._register(module)
-        traced = [p is None and (is_number(x) or _is_array(x)) for p, x in zip(positions, leaves, strict=True)]
-        self.leaves = [
-            None if p is not None or is_traced else x
-            for p, x, is_traced in zip(positions, leaves, traced, strict=True)
-        ]
-        self.positions = tuple(positions)
-        self.traced = tuple(traced)
-        self.arrays = [x for x, is_traced in zip(leaves, traced, strict=True) if is_traced]
-        self.graphdef, self.module_state = nnx.split(tuple(self.modules))
+        self.arrays: list[Any] = []
+        self.treedef = treedef
+        self.slots = tuple(self._slot(x) for x in leaves)
+        # What the arguments refer to takes part too; the links say which refers to which.
         links = tuple(self._links(obj) for obj in self.objects)
+        self.graphdef, self.module_state = nnx.split(tuple(self.modules))
         static = tuple(obj._static() for obj in self.objects)
-        self.key = (
-            self.treedef, self.positions, self.traced, tuple(self.leaves), links, static,
-            self.graphdef,
-        )
+        self.key = (treedef, self.slots, links, static, self.graphdef)
         try:
             self.hash = hash(self.key)
         except TypeError as error:
-            raise TypeError(f"a static argument of a traced function must be hashable: {error}") from None
+            raise TypeError(f"a static argument of a traced function: {error}") from None
 
-    def _register(self, obj: Any) -> Any:
-        kind = self.modules if isinstance(obj, nnx.Module) else self.objects
-        for i, known in enumerate(kind):
-            if known is obj:
-                break
-        else:
-            i = len(kind)
-            kind.append(obj)
-        return (isinstance(obj, nnx.Module), i)
+    def _slot(self, x: Any) -> _Slot:
+        if isinstance(x, nnx.Module):
+            return _Slot("module", _index_of(x, self.modules))
+        if _is_stateful(x):
+            return _Slot("object", _index_of(x, self.objects))
+        if is_number(x) or isinstance(x, jax.Array | np.ndarray | np.bool_):
+            self.arrays.append(x)
+            return _Slot("array", None)
+        return _Slot("static", x)
 
     def _links(self, obj: Any) -> Any:
-        """Which of the other objects this one refers to."""
+        # Appends to the list that is being walked, so that an optimizer's modules come too.
         if isinstance(obj, Scheduler):
-            return self._register(obj.optimizer)
-        return tuple(self._register(m) for m in obj.modules())
+            return _index_of(obj.optimizer, self.objects)
+        return tuple(_index_of(module, self.modules) for module in obj.modules())
+
+    def optimizers(self) -> list[Optimizer]:
+        return [obj for obj in self.objects if isinstance(obj, Optimizer)]
 
     def inputs(self) -> tuple[Any, Any, Any]:
         """(arrays to donate, numbers, the function's own arrays)."""
-        for obj in self.objects:
-            if isinstance(obj, Optimizer):
-                obj._check_groups()
-                obj._own()
-        arrays, numbers = zip(*(_split(obj) for obj in self.objects), strict=True) if self.objects else ((), ())
-        return (list(arrays), self.module_state), list(numbers), self.arrays
+        for opt in self.optimizers():
+            opt._check_groups()
+            opt._own()
+        parts = [_split(obj) for obj in self.objects]
+        donated = ([arrays for arrays, _ in parts], self.module_state)
+        return donated, [numbers for _, numbers in parts], self.arrays
+
+    def arguments(self, modules: Sequence[nnx.Module], arrays: Sequence[Any]) -> Any:
+        """The arguments again, with other modules and arrays in them."""
+        remaining = iter(arrays)
+        filled = {
+            "object": lambda value: self.objects[value],
+            "module": lambda value: modules[value],
+            "array": lambda value: next(remaining),
+            "static": lambda value: value,
+        }
+        return self.treedef.unflatten([filled[slot.kind](slot.value) for slot in self.slots])
 
     def release(self) -> Any:
+        """Lets go of everything but the key; returns the objects and modules."""
         targets = self.objects, self.modules
         self.objects, self.modules, self.arrays, self.module_state = [], [], [], None
         return targets
@@ -144,71 +152,78 @@ class _Call:
 
 def _run(fn: Callable[..., Any], call: _Call, donated: Any, numbers: Any, inputs: Any) -> Any:
     """The traced body: puts tracers into the objects, runs fn, takes the results out again."""
-    objects = call.objects
-    before = [(obj._dynamic(), _shared_flags(obj)) for obj in objects]
-    sources = [
-        (source, source.module)
-        for obj in objects if isinstance(obj, Optimizer)
-        for source in obj._sources if isinstance(source, ModuleSource)
-    ]
     arrays, module_state = donated
     modules = nnx.merge(call.graphdef, module_state)
-    twins = {id(module): twin for module, twin in zip(call.modules, modules, strict=True)}
+    with _borrowed(call, modules):
+        for obj, a, n in zip(call.objects, arrays, numbers, strict=True):
+            _join(obj, a, n)
+        given = [_split(obj)[1] for obj in call.objects]
+        static = [obj._static() for obj in call.objects]
+        args, kwargs = call.arguments(modules, inputs)
+        out = fn(*args, **kwargs)
+        graphdef, new_module_state = nnx.split(tuple(modules))
+        if [obj._static() for obj in call.objects] != static or graphdef != call.graphdef:
+            raise RuntimeError("a traced function may not change the structure of its arguments")
+        parts = [_split(obj) for obj in call.objects]
+        changed = jax.tree.map(
+            lambda new, old: None if new is old else jnp.asarray(new, old.dtype),
+            [n for _, n in parts],
+            given,
+        )
+        return out, ([a for a, _ in parts], new_module_state), changed
+
+
+@contextlib.contextmanager
+def _borrowed(call: _Call, modules: Sequence[nnx.Module]) -> Iterator[None]:
+    """Afterwards every object is as it was, whatever happens in between."""
+    before = [(obj, obj._dynamic(), _shared_flags(obj)) for obj in call.objects]
+    sources = [
+        (source, source.module)
+        for opt in call.optimizers()
+        for source in opt._sources
+        if isinstance(source, ModuleSource)
+    ]
     try:
         for source, module in sources:
-            source.attach(twins[id(module)])
-        for obj, a, n in zip(objects, arrays, numbers, strict=True):
-            _join(obj, a, n)
-        given = [_split(obj) for obj in objects]
-        statics = [obj._static() for obj in objects]
-        own = iter(inputs)
-        leaves = [
-            (modules[p[1]] if p[0] else objects[p[1]]) if p is not None
-            else next(own) if is_traced else static
-            for p, is_traced, static in zip(call.positions, call.traced, call.leaves, strict=True)
-        ]
-        args, kwargs = jax.tree.unflatten(call.treedef, leaves)
-        out = fn(*args, **kwargs)
-        if [obj._static() for obj in objects] != statics:
-            raise RuntimeError("a traced function may not change the structure of its arguments")
-        results = [_split(obj) for obj in objects]
-        changed = [
-            jax.tree.map(lambda new, old: None if new is old else jnp.asarray(new, old.dtype), r[1], g[1])
-            for r, g in zip(results, given, strict=True)
-        ]
-        graphdef, new_state = nnx.split(tuple(modules))
-        if graphdef != call.graphdef:
-            raise RuntimeError("a traced function may not change the structure of a module")
-        return out, ([r[0] for r in results], new_state), changed
+            source.attach(modules[_index_of(module, call.modules)])
+        yield
     finally:
         for source, module in sources:
             source.attach(module)
-        for obj, (dynamic, flags) in zip(objects, before, strict=True):
+        for obj, dynamic, flags in before:
             obj._set_dynamic(dynamic)
             vars(obj).update(flags)
 
 
 def _write_back(targets: Any, results: Any, changed: Any) -> None:
+    """Numbers that the function did not set stay what the caller made them."""
     objects, modules = targets
     arrays, module_state = results
     for obj, a, numbers in zip(objects, arrays, changed, strict=True):
-        _, old = _split(obj, convert=False)
-        kept = jax.tree.map(lambda n, o: o if n is None else n, numbers, old, is_leaf=lambda x: x is None)
+        kept = jax.tree.map(
+            lambda new, old: old if new is None else new,
+            numbers,
+            _numbers(obj),
+            is_leaf=lambda x: x is None,
+        )
         _join(obj, a, kept)
     if modules:
         nnx.update(tuple(modules), module_state)
 
 
-def _split(obj: Any, convert: bool = True) -> tuple[Any, Any]:
-    """An object's arrays (to donate) and its numbers (which stay the caller's)."""
-    dynamic = obj._dynamic()
+def _split(obj: Any) -> tuple[Any, Any]:
+    """An object's arrays (to donate) and its numbers, as arguments (which stay the caller's)."""
+    dynamic, numbers = obj._dynamic(), _numbers(obj)
     if isinstance(obj, Scheduler):
-        if convert:
-            epoch, values = dynamic["last_epoch"], dynamic["last_lr"]
-            dynamic = {"last_epoch": _as_step(epoch), "last_lr": [as_argument(v) for v in values]}
-        return (), dynamic
-    numbers = dynamic.pop("numbers")
-    return dynamic, jax.tree.map(as_argument, numbers) if convert else numbers
+        epoch, values = numbers["last_epoch"], numbers["last_lr"]
+        epoch = epoch if is_traced(epoch) else np.asarray(epoch, np.int32)
+        return (), {"last_epoch": epoch, "last_lr": [as_argument(v) for v in values]}
+    del dynamic["numbers"]
+    return dynamic, jax.tree.map(as_argument, numbers)
+
+
+def _numbers(obj: Any) -> Any:
+    return obj._dynamic() if isinstance(obj, Scheduler) else obj._dynamic()["numbers"]
 
 
 def _join(obj: Any, arrays: Any, numbers: Any) -> None:
@@ -216,10 +231,6 @@ def _join(obj: Any, arrays: Any, numbers: Any) -> None:
         obj._set_dynamic(numbers)
     else:
         obj._set_dynamic({**arrays, "numbers": numbers})
-
-
-def _as_step(x: Any) -> Any:
-    return x if isinstance(x, jax.core.Tracer) else np.asarray(x, np.int32)
 
 
 def _shared_flags(obj: Any) -> dict[str, Any]:
@@ -230,5 +241,10 @@ def _is_stateful(x: Any) -> bool:
     return isinstance(x, Optimizer | Scheduler | nnx.Module)
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.bool_)
+def _index_of(x: Any, known: list[Any]) -> int:
+    """The place of an object, by identity, in a list; it is appended if it is new."""
+    for i, other in enumerate(known):
+        if other is x:
+            return i
+    known.append(x)
+    return len(known) - 1

@@ -1,4 +1,4 @@
-"""Optimizers, schedulers and parameter groups from configuration values, as a Model Zoo has them."""
+"""Optimizers, schedulers and parameter groups from the values of a configuration."""
 
 from __future__ import annotations
 
@@ -178,9 +178,12 @@ def _one_scheduler(optimizer: Optimizer, entry: Any, base: type[Scheduler], wher
         values.pop("total_iters", None)  # it only says how long the entry lasts
     arguments = _accepted(cls, values, skip={"optimizer"})
     missing = [
-        n for n, p in parameters.items()
-        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-        and n not in arguments and n != "optimizer"
+        n
+        for n, p in parameters.items()
+        if p.default is p.empty
+        and p.kind is p.POSITIONAL_OR_KEYWORD
+        and n not in arguments
+        and n != "optimizer"
     ]
     if missing:
         raise ValueError(f"{where}: {cls.__name__} needs {missing}, got {sorted(arguments)}")
@@ -200,7 +203,8 @@ def _scheduler_list(
 ) -> Any:
     mains = {
         str(e["main_scheduler"]).lower()
-        for e in entries if isinstance(e, Mapping) and e.get("main_scheduler") is not None
+        for e in entries
+        if isinstance(e, Mapping) and e.get("main_scheduler") is not None
     }
     unknown = mains - _CHAINED - {"sequential", "sequentiallr"}
     if unknown:
@@ -228,7 +232,7 @@ def _total_iters(entry: Any, index: int) -> int:
     total = values.get("total_iters")
     if total is None and "schedulers" in values:
         return sum(_total_iters(e, index) for e in values["schedulers"])
-    number = to_number("total_iters", total) if isinstance(total, str) else total
+    number: Any = to_number("total_iters", total) if isinstance(total, str) else total
     if not is_number(number) or float(number) != int(number) or number <= 0:
         raise ValueError(
             f"learning_rate[{index}]: total_iters must be a positive whole number on every entry "
@@ -318,7 +322,8 @@ def _norm_prefixes(params: Any) -> set[str]:
         return set()
     return {
         ".".join(map(str, path))
-        for path, node in nnx.iter_graph(params) if isinstance(node, _NORM_LAYERS)
+        for path, node in nnx.iter_graph(params)
+        if isinstance(node, _NORM_LAYERS)
     }
 
 
@@ -367,7 +372,8 @@ def _accepted(cls: type, values: Mapping[str, Any], skip: set[str]) -> dict[str,
         )
     return {
         k: _coerce(k, v, parameters[k]) if k in parameters else v
-        for k, v in values.items() if k not in unused
+        for k, v in values.items()
+        if k not in unused
     }
 
 

@@ -8,9 +8,9 @@ from typing import Any, ParamSpec
 from cerebras_jax import schedules
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.scheduler import (
-    ScheduleScheduler,
     Scheduler,
     SchedulerComposition,
+    ScheduleScheduler,
     SequentialScheduler,
     scheduler_of,
 )

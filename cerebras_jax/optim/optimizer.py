@@ -6,14 +6,14 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, Self, cast, overload
+from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, cast, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cerebras_jax.checks import is_number
+from cerebras_jax.checks import is_traced
 from cerebras_jax.optim.param_groups import ParamGroups, is_group_list
 from cerebras_jax.optim.sources import ModuleSource, Source, TreeSource, make_source
 from cerebras_jax.optim.state_dict import check_group, load_array, match_parameters, plain_value
@@ -28,6 +28,7 @@ from cerebras_jax.rule import (
     init_group,
     normalize,
     partition,
+    saturating_increment,
     update_group,
 )
 from cerebras_jax.types import Array
@@ -231,8 +232,11 @@ class Optimizer(ABC):
         if _is_closure(given):
             if len(self._sources) == 1 and not self._structured_as_list:
                 value, given = self._sources[0].value_and_grad(given, has_aux)
+            elif self.modules():
+                raise TypeError("a closure over several parameter trees takes no modules")
             else:
-                value, given = TreeSource.value_and_grad(_Trees(self), given, has_aux)
+                trees = [source.tree() for source in self._sources]
+                value, given = jax.value_and_grad(given, has_aux=has_aux)(trees)
         elif given is None:
             raise TypeError("step needs the gradients, or a closure that returns the loss")
         return value, self._align(given)
@@ -294,7 +298,7 @@ class Optimizer(ABC):
 
     def _increment(self, index: int) -> Array:
         entry = self._state[self._names[index]]
-        entry["step"] = _saturating_increment(jnp.asarray(entry["step"]))
+        entry["step"] = saturating_increment(jnp.asarray(entry["step"]))
         return entry["step"]
 
     def _entries(self) -> list[dict[str, Any]]:
@@ -448,18 +452,6 @@ class Optimizer(ABC):
         )
 
 
-class _Trees:
-    """Several trees as one, for differentiating a closure of all of them."""
-
-    def __init__(self, optimizer: Optimizer):
-        if optimizer.modules():
-            raise TypeError("a closure over several parameter trees with modules is not supported")
-        self.optimizer = optimizer
-
-    def tree(self) -> Any:
-        return [source.tree() for source in self.optimizer._sources]
-
-
 class _Plan(NamedTuple):
     """What of a step is static: per group the factory, the flags, and which leaves it has."""
 
@@ -533,10 +525,12 @@ class RuleOptimizer(Optimizer, Generic[P]):
         self,
         params: Any,
         *args: Any,
-        enable_global_step: bool = ...,
+        enable_global_step: bool,
         state_dtype: StateDtype = ...,
         **kwargs: Any,
     ) -> None: ...
+    @overload
+    def __init__(self, params: Any, *args: Any, state_dtype: StateDtype, **kwargs: Any) -> None: ...
     def __init__(
         self,
         params: Any,
@@ -643,7 +637,9 @@ class RuleOptimizer(Optimizer, Generic[P]):
             if edited and not _is_traced(hyper):  # traced ones were checked before the trace
                 try:
                     self.pure.rule(**hyper)
-                    present = {k for s in self._states[i][:1] for k, v in _items(s) if v is not None}
+                    present = {
+                        k for s in self._states[i][:1] for k, v in _items(s) if v is not None
+                    }
                     present |= {k for k, _ in _items(self._clocks[i].clock)}
                     if self._states[i]:
                         check_buffers(self.pure.rule, old, hyper, present)
@@ -722,7 +718,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
             if name in group["params"]:
                 i = group["params"].index(name)
                 count, clock = self._clocks[g]
-                count = count.at[i].set(_saturating_increment(count[i]))
+                count = count.at[i].set(saturating_increment(count[i]))
                 self._clocks[g] = GroupClock(count, clock)
                 return count[i]
         raise KeyError(f"no parameter is called {name!r}")
@@ -763,7 +759,7 @@ def _group_values(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_traced(tree: Any) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    return any(is_traced(x) for x in jax.tree.leaves(tree))
 
 
 def _is_closure(x: Any) -> bool:
@@ -775,7 +771,7 @@ def _is_closure(x: Any) -> bool:
 
 def as_argument(x: Any) -> Any:
     """A number as an argument of a compiled step: always the same type, whatever the value."""
-    if isinstance(x, jax.core.Tracer):
+    if is_traced(x):
         return x
     dtype = jax.dtypes.canonicalize_dtype(float)
     return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
@@ -783,11 +779,7 @@ def as_argument(x: Any) -> Any:
 
 def _readable(x: Any) -> Any:
     """A vector that will be read element by element: on the host, unless it is traced."""
-    return x if isinstance(x, jax.core.Tracer) else np.asarray(x)
-
-
-def _saturating_increment(count: Array) -> Array:
-    return jnp.where(count < jnp.iinfo(count.dtype).max, count + 1, count)
+    return x if is_traced(x) else np.asarray(x)
 
 
 def _saturating_int32(steps: Array) -> Array:
@@ -797,9 +789,7 @@ def _saturating_int32(steps: Array) -> Array:
 
 def _check_not_leaking(grads: Sequence[Any], own: Sequence[Any]) -> None:
     """A traced step of an optimizer from outside the trace would leave tracers in it."""
-    if any(isinstance(g, jax.core.Tracer) for g in grads[:1]) and not any(
-        isinstance(x, jax.core.Tracer) for x in own
-    ):
+    if any(is_traced(g) for g in grads[:1]) and not any(is_traced(x) for x in own):
         raise RuntimeError(
             "step was called in a traced function on an optimizer from outside it; make the "
             "optimizer an argument of a function decorated with cerebras_jax.trace"
@@ -868,7 +858,7 @@ def _flatten(opt: Optimizer) -> tuple[tuple, _Static]:
 
 def _unflatten(cls: type[Optimizer], static: _Static, children: tuple) -> Any:
     dynamic, state = children
-    opt = object.__new__(cls)
+    opt: Any = object.__new__(cls)
     opt.__dict__.update(static.attributes)
     opt._sources = [copy.copy(source) for source in opt._sources]
     opt.param_groups = [dict(group) for group in opt.param_groups]
@@ -879,4 +869,4 @@ def _unflatten(cls: type[Optimizer], static: _Static, children: tuple) -> Any:
     opt._set_dynamic(dynamic)
     if isinstance(opt, RuleOptimizer):
         opt._checked = [opt._hyper(g) for g in opt.param_groups]
-    return cast(Self, opt)
+    return opt

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from cerebras_jax import schedules
+from cerebras_jax.checks import is_traced
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.state_dict import plain_value
 
@@ -121,7 +122,7 @@ class Scheduler(ABC):
     def increment_last_epoch(self) -> None:
         """Adds 1 to ``last_epoch``."""
         epoch = self.last_epoch
-        if isinstance(epoch, jax.Array) and not isinstance(epoch, jax.core.Tracer):
+        if isinstance(epoch, jax.Array) and not is_traced(epoch):
             epoch = int(epoch)
         self.last_epoch = epoch + 1
 
@@ -138,9 +139,7 @@ class Scheduler(ABC):
 
     def _groups(self) -> list[dict[str, Any]]:
         tags = self.param_group_tags
-        return [
-            g for g in self.optimizer.param_groups if tags is None or set(tags) & group_tags(g)
-        ]
+        return [g for g in self.optimizer.param_groups if tags is None or set(tags) & group_tags(g)]
 
     def _check_unclaimed(self) -> None:
         claims = claims_of(self.optimizer)
@@ -193,7 +192,10 @@ class Scheduler(ABC):
 
     def _static(self) -> tuple:
         hidden = ("optimizer", "last_epoch", "_last_lr")
-        return (type(self), tuple((k, _Frozen(v)) for k, v in vars(self).items() if k not in hidden))
+        return (
+            type(self),
+            tuple((k, _Frozen(v)) for k, v in vars(self).items() if k not in hidden),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
@@ -251,7 +253,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
         self,
         optimizer: Optimizer,
         *args: Any,
-        param_group_tags: Sequence[str | None] | None = ...,
+        param_group_tags: Sequence[str | None] | None,
         **kwargs: Any,
     ) -> None: ...
     def __init__(
@@ -357,9 +359,10 @@ class SchedulerComposition(Scheduler):
             )
         for child, state in zip(self._schedulers, children, strict=True):
             child._load(state)
-        super()._load({k: v for k, v in state_dict.items() if k != "_schedulers"} | {
-            "_schedulers": self._schedulers
-        })
+        super()._load(
+            {k: v for k, v in state_dict.items() if k != "_schedulers"}
+            | {"_schedulers": self._schedulers}
+        )
 
     def _static(self) -> tuple:
         children = tuple(child._static() for child in self._schedulers)
@@ -394,7 +397,7 @@ class SequentialScheduler(SchedulerComposition):
     ):
         self._adopt(optimizer, schedulers)
         self._milestones = list(milestones)
-        self.schedule  # noqa: B018 - checks lengths and order
+        schedules.sequential([c.schedule for c in self._schedulers], self._milestones)  # checks
         super().__init__(optimizer, None, last_epoch, param_group_tags)
 
     @property
@@ -415,27 +418,25 @@ class SequentialScheduler(SchedulerComposition):
 
 
 class _Frozen:
-    """A constructor value in a key: hashed if it can be, else the same only as itself."""
+    """A constructor value in a key: compared by value if it is hashable, else by identity."""
 
     def __init__(self, value: Any):
         self.value = tuple(value) if isinstance(value, list) else value
+        self.key = self.value if _is_hashable(self.value) else id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Frozen):
-            return False
-        if self.value is other.value:
-            return True
-        try:
-            hash(self.value), hash(other.value)
-        except TypeError:
-            return False
-        return type(self.value) is type(other.value) and bool(self.value == other.value)
+        return isinstance(other, _Frozen) and self.key == other.key
 
     def __hash__(self) -> int:
-        try:
-            return hash(self.value)
-        except TypeError:
-            return id(self.value)
+        return hash(self.key)
+
+
+def _is_hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
 
 
 def group_tags(group: Mapping[str, Any]) -> set[str | None]:
@@ -481,10 +482,10 @@ def _shell_signature(cls: type[ScheduleScheduler]) -> inspect.Signature:
     )
 
 
-def scheduler_of(base: type[Scheduler], schedule_type: Callable[P, Any]) -> type[ScheduleScheduler[P]]:
+def scheduler_of(
+    base: type[Scheduler], schedule_type: Callable[P, Any]
+) -> type[ScheduleScheduler[P]]:
     """The base class of the scheduler that applies ``schedule_type`` to ``base.key``."""
     name = f"{base.__name__}Of{schedule_type.__name__}"
     attributes = {"schedule_type": schedule_type, "renamed": getattr(base, "renamed", {})}
-    return cast(
-        "type[ScheduleScheduler[P]]", type(name, (ScheduleScheduler, base), attributes)
-    )
+    return cast("type[ScheduleScheduler[P]]", type(name, (ScheduleScheduler, base), attributes))

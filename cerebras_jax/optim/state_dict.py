@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cerebras_jax.checks import is_traced
+
 # How torch executes a step; says nothing about what is computed.
 _EXECUTION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
 _BOOKKEEPING = {"params", "param_names"}
@@ -114,6 +116,6 @@ def plain_value(value: Any) -> Any:
     """Scalar arrays and tensors as Python numbers; tracers and everything else as they are."""
     if isinstance(value, list | tuple):
         return tuple(plain_value(v) for v in value)
-    if isinstance(value, jax.core.Tracer) or not hasattr(value, "shape"):
+    if is_traced(value) or not hasattr(value, "shape"):
         return value
     return to_numpy(value).item() if tuple(value.shape) == () else value

@@ -21,7 +21,9 @@ def main() -> None:
 
 
 @main.command("train")
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False)
+@click.argument(
+    "config", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
+)
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="Text file or folder.")
 @click.option("--steps", type=click.IntRange(1), help="Number of training steps.")
 @click.option("--batch-size", type=click.IntRange(1), help="Windows of text in a step.")
@@ -57,7 +59,9 @@ def train_command(config: Path | None, data: Path | None, out: Path | None, **op
     )
 
 
-def _load(config: Path | None, options: dict[str, Any]) -> tuple[dict[str, Any], TrainSettings, Any]:
+def _load(
+    config: Path | None, options: dict[str, Any]
+) -> tuple[dict[str, Any], TrainSettings, Any]:
     default = importlib.resources.files("cerebras_jax.train") / "default.yaml"
     values = dict(yaml.safe_load(default.read_text()) if config is None else read_config(config))
     given = {k: v for k, v in options.items() if v is not None}

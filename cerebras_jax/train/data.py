@@ -43,7 +43,9 @@ def _files(root: Path, is_stdlib: bool) -> Iterator[Path]:
     if not root.is_dir():
         raise ValueError(f"there is no file or folder {root}")
     for file in sorted(root.rglob("*.py" if is_stdlib else "*")):
-        if file.is_file() and not (is_stdlib and {"site-packages", "test", "tests"} & set(file.parts)):
+        if file.is_file() and not (
+            is_stdlib and {"site-packages", "test", "tests"} & set(file.parts)
+        ):
             yield file
 
 

@@ -45,7 +45,9 @@ class Reporter:
         self.records.append(values)
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
-        text = "  ".join(f"{name} {_format(name, v)}" for name, v in values.items() if v is not None)
+        text = "  ".join(
+            f"{name} {_format(name, v)}" for name, v in values.items() if v is not None
+        )
         if self.progress:
             if "loss" in values:
                 self.progress.update(self.task, completed=values["step"] + 1, description=text)

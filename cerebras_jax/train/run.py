@@ -78,7 +78,7 @@ def train(
     path: Path | None,
     console: Console,
 ) -> Result:
-    """Trains, and writes ``config.yaml``, ``metrics.jsonl`` and ``training.png`` into ``folder``."""
+    """Trains; ``folder`` gets config.yaml, metrics.jsonl, training.png and sample.txt."""
     text, held_out, source = data.load_text(path)
     window = settings.context + 1
     if min(len(text), len(held_out)) < window:
@@ -129,10 +129,10 @@ def train(
     interrupted = False
     step = -1
     with report.Reporter(folder, settings.steps, console) as reporter:
-        start = time.perf_counter()
+        start = loop_start = last = time.perf_counter()
         try:
             reporter.record(True, step=0, held_out_loss=held_out_loss(params))
-            loop_start = last = time.perf_counter()
+            last = time.perf_counter()
             for step in range(settings.steps):
                 tokens = data.sample_batch(text, settings.batch_size, window, rng)
                 params, state, loss = compiled_step(params, state, tokens)
@@ -187,9 +187,7 @@ def _constant_lr(recipe: Recipe) -> float:
     return values.get("lr") or 0.0
 
 
-def _print_sample(
-    model: gpt.GPT, settings: TrainSettings, folder: Path, console: Console
-) -> None:
+def _print_sample(model: gpt.GPT, settings: TrainSettings, folder: Path, console: Console) -> None:
     key = jax.random.key(settings.seed)
     sample = gpt.generate(model, b"def ", 300, key, temperature=0.8).decode("utf-8", "replace")
     (folder / "sample.txt").write_text(sample, encoding="utf-8")

@@ -46,7 +46,7 @@ def adam(
       Kingma and Ba, Adam, https://arxiv.org/abs/1412.6980
 
     >>> import jax.numpy as jnp
-    >>> tx = adam(lr=0.1)
+    >>> tx = adam(lr=0.1, eps=0.0)
     >>> params = jnp.array([2.0])
     >>> tx.update(jnp.array([3.0]), tx.init(params), params)[0]
     Array([-0.1], dtype=float32)

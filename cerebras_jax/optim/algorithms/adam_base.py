@@ -67,7 +67,7 @@ def adam_base(
       Reddi et al., On the Convergence of Adam and Beyond,
       https://openreview.net/forum?id=ryQu7f-RZ
 
-    >>> tx = adam_base(lr=0.1, weight_decay=0.5)
+    >>> tx = adam_base(lr=0.1, eps=0.0, weight_decay=0.5)
     >>> params = jnp.array([2.0])
     >>> tx.update(jnp.array([3.0]), tx.init(params), params)[0]
     Array([-0.2], dtype=float32)

@@ -48,7 +48,7 @@ def adamw(
       https://arxiv.org/abs/1711.05101
 
     >>> import jax.numpy as jnp
-    >>> tx = adamw(lr=0.1, weight_decay=0.5)
+    >>> tx = adamw(lr=0.1, eps=0.0, weight_decay=0.5)
     >>> params = {"w": jnp.array([2.0])}
     >>> state = tx.init(params)
     >>> tx.update({"w": jnp.array([3.0])}, state, params)[0]
