@@ -424,7 +424,7 @@ def _init_tree(
     rule = factory(**at_step(hyper, 0))
     names = state_names(rule)
     _check_state_dtype(names, state_dtype)
-    rows = [_init_leaf(rule, state_dtype, p) for p in _as_arrays(leaves)]
+    rows = [_init_leaf(rule, state_dtype, as_array(p)) for p in leaves]
     return RuleState(
         count=jnp.zeros((), jnp.int32),
         clock=jax.tree.map(as_number, rule.clock),
@@ -432,8 +432,14 @@ def _init_tree(
     )
 
 
-def _as_arrays(leaves: list[Any]) -> list[Any]:
-    return [p if hasattr(p, "dtype") else jnp.asarray(p) for p in leaves]
+def as_array(p: Any) -> Any:
+    """A parameter as an array with a type of its own; abstract arrays stay abstract.
+
+    ``jnp.array(0.5)`` is weakly typed; states like it would change their type in the first step.
+    """
+    if isinstance(p, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
+    return jnp.asarray(p, getattr(p, "dtype", None))
 
 
 def state_names(rule: Rule) -> list[str]:
@@ -472,7 +478,7 @@ def _update_tree(
         raise ValueError("update needs the parameters: call update(grads, state, params)")
     hyper = {**hyper, **_checked_overrides(factory, hyper, overrides, state)}
     p_leaves, treedef = jax.tree.flatten(params)
-    p_leaves = _as_arrays(p_leaves)
+    p_leaves = [as_array(p) for p in p_leaves]
     g_leaves = align(treedef, grads, "the gradients")
     check_params(p_leaves, lambda: leaf_paths(params))
     check_grads(g_leaves, p_leaves, lambda: leaf_paths(params))

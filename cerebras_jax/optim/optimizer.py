@@ -1,6 +1,5 @@
 """The stateful shell: it holds parameters, state and groups, and computes nothing itself."""
 
-import copy
 import functools
 import inspect
 from abc import ABC, abstractmethod
@@ -833,17 +832,9 @@ def _flatten(opt: Optimizer) -> tuple[tuple, _Static]:
     opt._params_shared = opt._state_shared = True
     graphdef, modules = nnx.split(tuple(opt.modules()))
     dynamic = opt._dynamic()
-    sources = []
-    for source in opt._sources:
-        empty = copy.copy(source)
-        if isinstance(empty, TreeSource):
-            empty.values = []
-        else:
-            empty.__dict__.clear()
-        sources.append(empty)
     attributes = {
         **opt.__dict__,
-        "_sources": sources,
+        "_sources": [source.without_arrays() for source in opt._sources],
         "_state": {},
         "_states": [],
         "_clocks": [],
@@ -860,7 +851,7 @@ def _unflatten(cls: type[Optimizer], static: _Static, children: tuple) -> Any:
     dynamic, state = children
     opt: Any = object.__new__(cls)
     opt.__dict__.update(static.attributes)
-    opt._sources = [copy.copy(source) for source in opt._sources]
+    opt._sources = [source.without_arrays() for source in opt._sources]
     opt.param_groups = [dict(group) for group in opt.param_groups]
     modules = iter(nnx.merge(static.key[1], state))
     for source in opt._sources:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cerebras_jax.rule import align, check_params, leaf_paths
+from cerebras_jax.rule import align, as_array, check_params, leaf_paths
 from cerebras_jax.types import Array
 
 
@@ -21,7 +21,13 @@ class TreeSource:
         leaves, self.treedef = jax.tree.flatten(tree)
         self.names = leaf_paths(tree)
         check_params(leaves, lambda: self.names)
-        self.values: list[Array] = [jnp.asarray(x) for x in leaves]
+        self.values: list[Array] = [as_array(x) for x in leaves]
+
+    def without_arrays(self) -> "TreeSource":
+        """The same source, to be filled by assigning `values`."""
+        empty = object.__new__(TreeSource)
+        empty.treedef, empty.names, empty.values = self.treedef, self.names, []
+        return empty
 
     def tree(self) -> Any:
         return self.treedef.unflatten(self.values)
@@ -58,6 +64,10 @@ class ModuleSource:
         self.paths = [path for path, _ in flat]
         self.names = [".".join(map(str, path)) for path in self.paths]
         self.variables = [variables[path] for path in self.paths]
+
+    def without_arrays(self) -> "ModuleSource":
+        """A source without a module, to be filled by `attach`."""
+        return object.__new__(ModuleSource)
 
     @property
     def values(self) -> list[Array]:
