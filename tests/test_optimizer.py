@@ -14,7 +14,10 @@ from optimizers import OPTIMIZERS
 
 from cerebras_jax import optim, schedules
 
-PARAMS = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}, "scale": jnp.array(2.0, jnp.float32)}
+PARAMS = {
+    "dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)},
+    "scale": jnp.array(2.0, jnp.float32),
+}
 GRADS = jax.tree.map(lambda p: jnp.full_like(p, 0.5), PARAMS)
 
 every = pytest.mark.parametrize("entry", OPTIMIZERS, ids=repr)
@@ -36,9 +39,7 @@ def test_forms_of_step_agree(entry):
     by_grads, by_closure = make(entry), make(entry)
     for _ in range(3):
         assert by_grads.step(GRADS) is None
-        loss = by_closure.step(
-            lambda p: sum((x * 0.5).sum() for x in jax.tree.leaves(p))
-        )
+        loss = by_closure.step(lambda p: sum((x * 0.5).sum() for x in jax.tree.leaves(p)))
     assert loss.shape == ()
     chex.assert_trees_all_close(snapshot(by_grads), snapshot(by_closure), rtol=2e-6, atol=1e-7)
 
@@ -350,8 +351,10 @@ def test_loaded_by_name_where_names_agree():
 
 
 def broken(d, change):
-    d = {"state": {k: dict(v) for k, v in d["state"].items()},
-         "param_groups": [dict(g) for g in d["param_groups"]]}
+    d = {
+        "state": {k: dict(v) for k, v in d["state"].items()},
+        "param_groups": [dict(g) for g in d["param_groups"]],
+    }
     change(d)
     return d
 
@@ -400,7 +403,10 @@ def test_loaded_arrays_are_copied():
     opt = optim.SGD({"w": jnp.ones(2)}, lr=0.1, momentum=0.9)
     mine = jnp.array([1.0, 2.0])
     opt.load_state_dict(
-        {"state": {0: {"momentum_buffer": mine}}, "param_groups": [{"params": [0], "momentum": 0.9}]}
+        {
+            "state": {0: {"momentum_buffer": mine}},
+            "param_groups": [{"params": [0], "momentum": 0.9}],
+        }
     )
     opt.step({"w": jnp.ones(2)})
     opt.step({"w": jnp.ones(2)})

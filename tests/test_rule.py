@@ -181,9 +181,7 @@ def test_states_follow_the_sharding_of_their_parameter(entry):
     tx = entry.pure(**entry.kwargs)
     for x in jax.tree.leaves(tx.init(sharded).states):
         if x.ndim and x.shape[0] == 16:
-            assert x.sharding.is_equivalent_to(
-                NamedSharding(mesh, PartitionSpec("x")), x.ndim
-            )
+            assert x.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("x")), x.ndim)
     expected, _ = run(tx, params, grads=params)
     got, _ = run(tx, sharded, grads=sharded)
     chex.assert_trees_all_close(got, expected, rtol=2e-6, atol=1e-7)

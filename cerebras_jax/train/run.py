@@ -127,7 +127,7 @@ def train(
     rng = np.random.default_rng(settings.seed)
     tokens_per_step = settings.batch_size * settings.context
     interrupted = False
-    step = -1
+    completed = 0
     with report.Reporter(folder, settings.steps, console) as reporter:
         start = loop_start = last = time.perf_counter()
         try:
@@ -149,17 +149,18 @@ def train(
                     lr=lr(step),
                     tokens_per_s=tokens_per_step / (now - last),
                 )
+                completed = step + 1
                 if step == 0:
                     loop_start = now  # from here on without compilation
                 last = now
-                if (step + 1) % settings.eval_every == 0 and step + 1 < settings.steps:
-                    reporter.record(True, step=step + 1, held_out_loss=held_out_loss(params))
+                if completed % settings.eval_every == 0 and completed < settings.steps:
+                    reporter.record(True, step=completed, held_out_loss=held_out_loss(params))
                     last = time.perf_counter()
         except KeyboardInterrupt:
             interrupted = True
-            console.print(f"interrupted after {step + 1} steps")
-        if step + 1:
-            reporter.record(True, step=step + 1, held_out_loss=held_out_loss(params))
+            console.print(f"interrupted after {completed} steps")
+        if completed:
+            reporter.record(True, step=completed, held_out_loss=held_out_loss(params))
     losses = [r["loss"] for r in reporter.records if "loss" in r]
     if not losses:
         raise KeyboardInterrupt
