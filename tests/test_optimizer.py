@@ -172,7 +172,7 @@ def test_add_param_group():
     opt.step(GRADS)
     before = opt.state["scale"]["exp_avg"]
     opt.add_param_group({"params": {"new": jnp.ones(2)}, "lr": 0.5})
-    tree, added = opt.params
+    _, added = opt.params
     assert set(added) == {"new"}
     assert opt.param_groups[1]["lr"] == 0.5
     assert opt.state["scale"]["exp_avg"] == before

@@ -212,7 +212,7 @@ def test_complex_parameters_are_pairs_of_real_ones(entry):
     got, state = run(tx, z, grads=g)
     expected, pairs = run(tx, z_pairs, grads=g_pairs)
     np.testing.assert_allclose(got, expected[..., 0] + 1j * expected[..., 1], rtol=2e-6)
-    for ours, theirs in zip(jax.tree.leaves(state.states), jax.tree.leaves(pairs.states)):
+    for ours, theirs in zip(*map(jax.tree.leaves, (state.states, pairs.states)), strict=True):
         assert ours.dtype == jnp.complex64
         np.testing.assert_allclose(ours, theirs[..., 0] + 1j * theirs[..., 1], rtol=2e-6)
 

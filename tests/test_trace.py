@@ -173,13 +173,15 @@ def test_modules_are_updated_in_place(pass_module):
     assert len(times) == 1
     assert opts[0].params is traced
     # parameters, batch statistics and random counts alike
-    get = lambda m: jax.tree.map(  # noqa: E731
-        lambda v: np.asarray(
-            jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v
-        ),
-        nnx.to_pure_dict(nnx.state(m)),
-    )
-    chex.assert_trees_all_close(get(traced), get(eager), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(numbers(traced), numbers(eager), rtol=1e-4, atol=1e-5)
+
+
+def numbers(module):
+    def plain(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
+
+    return jax.tree.map(plain, nnx.to_pure_dict(nnx.state(module)))
 
 
 def test_objects_in_containers_and_referred_to():

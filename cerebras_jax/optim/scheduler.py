@@ -243,7 +243,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
             if not vars(cls).get("__doc__"):
                 cls.__doc__ = (
                     f"Writes the schedule `{cls.schedule_type.__name__}` into ``{cls.key!r}``; see "
-                    f"`Scheduler`.\n\n{inspect.getdoc(cls.schedule_type)}"
+                    f"`Scheduler`.\n\n{_without_examples(cls.schedule_type)}"
                 )
 
     @overload
@@ -445,6 +445,10 @@ def group_tags(group: Mapping[str, Any]) -> set[str | None]:
     if tags is None:
         return {None}
     return {tags} if isinstance(tags, str) else set(tags) or {None}
+
+
+def _without_examples(documented: Any) -> str:
+    return (inspect.getdoc(documented) or "").split("\n\n>>>")[0]
 
 
 def _as_tags(tags: Any) -> tuple[str | None, ...] | None:
