@@ -11,6 +11,7 @@ from jax.core import Tracer
 _RULES: dict[str, Callable[[float], bool]] = {
     ">= 0": lambda x: x >= 0,
     "> 0": lambda x: x > 0,
+    "> 1": lambda x: x > 1,
     ">= 1": lambda x: x >= 1,
     "in [0, 1)": lambda x: 0 <= x < 1,
     "in [0, 1]": lambda x: 0 <= x <= 1,

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cerebras_jax import checks
 from cerebras_jax.types import Array, Params
@@ -148,6 +149,24 @@ def add_weight_decay(g: Array, weight_decay: Any, p: Array) -> Array:
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return g
     return g + weight_decay * p
+
+
+def bias_correction(beta: Any, t: Array) -> Array:
+    """``1 - beta**t`` without cancellation where beta is near 1."""
+    return -jnp.expm1(t * jnp.log(beta))
+
+
+def zeros_without_axis(p: Any, axis: int) -> Array:
+    """Zeros of p's shape without one axis, sharded as p is along the others."""
+    if checks.is_traced(p):
+        return jnp.zeros_like(p).sum(axis)
+    shape = tuple(np.delete(p.shape, axis))
+    sharding = getattr(p, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        spec = [*sharding.spec, *[None] * (len(p.shape) - len(sharding.spec))]
+        del spec[axis]
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return jnp.zeros(shape, p.dtype, device=sharding)
 
 
 def has_term(number: Any) -> bool:

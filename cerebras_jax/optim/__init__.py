@@ -1,9 +1,20 @@
 """Optimizers: pure functions in lower case, PyTorch-style classes in CamelCase."""
 
 from cerebras_jax.optim import lr_scheduler
+from cerebras_jax.optim.algorithms.adadelta import Adadelta, adadelta
+from cerebras_jax.optim.algorithms.adafactor import Adafactor, adafactor
+from cerebras_jax.optim.algorithms.adagrad import Adagrad, adagrad
 from cerebras_jax.optim.algorithms.adam import Adam, adam
 from cerebras_jax.optim.algorithms.adam_base import AdamBase, adam_base
+from cerebras_jax.optim.algorithms.adamax import Adamax, adamax
 from cerebras_jax.optim.algorithms.adamw import AdamW, adamw
+from cerebras_jax.optim.algorithms.asgd import ASGD, asgd
+from cerebras_jax.optim.algorithms.lamb import Lamb, lamb
+from cerebras_jax.optim.algorithms.lion import Lion, lion
+from cerebras_jax.optim.algorithms.nadam import NAdam, nadam
+from cerebras_jax.optim.algorithms.radam import RAdam, radam
+from cerebras_jax.optim.algorithms.rmsprop import RMSprop, rmsprop
+from cerebras_jax.optim.algorithms.rprop import Rprop, rprop
 from cerebras_jax.optim.algorithms.sgd import SGD, sgd
 from cerebras_jax.optim.configure import (
     configure_lr_scheduler,

@@ -1,0 +1,174 @@
+"""Adafactor: second moments kept as a row and a column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from cerebras_jax.checks import check, check_flag, check_pair
+from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.rule import Rule, add_weight_decay, per_parameter, zeros_without_axis
+from cerebras_jax.types import Array, Number
+
+
+class AdafactorState(NamedTuple):
+    exp_avg_sq_row: Array | None  # mean square over the last axis, shape[:-1]; rank >= 2
+    exp_avg_sq_col: Array | None  # over the one before, shape[:-2] + shape[-1:]; rank >= 2
+    exp_avg_sq: Array | None  # second moment, like the parameter; rank < 2
+    exp_avg: Array | None  # average of the steps, like the parameter; None without beta1
+
+
+@per_parameter
+def adafactor(
+    lr: Number | None,
+    eps: tuple[Number, Number] = (1e-30, 1e-3),
+    clip_threshold: Number = 1.0,
+    decay_rate: Number = -0.8,
+    beta1: Number | None = None,
+    weight_decay: Number = 0.0,
+    scale_parameter: bool = True,
+    relative_step: bool = False,
+    warmup_init: bool = False,
+) -> Rule:
+    r"""Adafactor: Adam's scaling with memory for a row and a column instead of a matrix.
+
+    .. math::
+
+        \hat\beta_t &= 1 - t^{d}, \quad \gamma_t = \gamma \max(\epsilon_2, \mathrm{RMS}(p)) \\
+        R &\leftarrow \hat\beta_t R + (1 - \hat\beta_t) \,
+            \mathrm{mean}_{-1}(g^2 + \epsilon_1), \quad C \text{ likewise over axis } -2 \\
+        u &= g / \sqrt{R \, C / \mathrm{mean}(R)} \\
+        u &\leftarrow \gamma_t \, u / \max(1, \mathrm{RMS}(u) / \theta) \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) u \\
+        p &\leftarrow p - \lambda \gamma_t p - m
+
+    Parameters of rank >= 2 are factored over their last two axes; others keep the whole second
+    moment. Without beta1, m is u. Without scale_parameter, :math:`\gamma_t = \gamma`. With
+    relative_step, :math:`\gamma = \min(10^{-2}, 1/\sqrt t)`, or
+    :math:`\min(10^{-6} t, 1/\sqrt t)` with warmup_init.
+
+    torch.optim.Adafactor scales lr by :math:`1/\sqrt t` always and clamps instead of adding
+    eps; optax.adafactor factors only large matrices and multiplies in another order.
+
+    Args:
+      lr: learning rate :math:`\gamma` >= 0; None with relative_step.
+      eps: :math:`\epsilon_1` (in the second moment) and :math:`\epsilon_2` (of the scale), >= 0.
+      clip_threshold: :math:`\theta` > 0, the largest root mean square of u.
+      decay_rate: :math:`d` <= 0.
+      beta1: decay rate of the average of steps in [0, 1); None: no average.
+      weight_decay: :math:`\lambda` >= 0.
+      scale_parameter: scale the rate by the parameter's root mean square.
+      relative_step: use the rate of the paper instead of lr.
+      warmup_init: start that rate near zero; needs relative_step.
+
+    Raises:
+      ValueError: if a number is outside its range, or if not exactly one of lr and
+        relative_step is given.
+      TypeError: at init, for a complex parameter.
+
+    References:
+      Shazeer and Stern, Adafactor, https://arxiv.org/abs/1804.04235
+
+    >>> tx = adafactor(lr=0.5, scale_parameter=False)
+    >>> params = jnp.ones((2, 3))
+    >>> state = tx.init(params)
+    >>> state.states.exp_avg_sq_row.shape, state.states.exp_avg_sq_col.shape
+    ((2,), (3,))
+    >>> tx.update(jnp.full((2, 3), 4.0), state, params)[0]
+    Array([[-0.5, -0.5, -0.5],
+           [-0.5, -0.5, -0.5]], dtype=float32)
+    """
+    for name, flag in (
+        ("scale_parameter", scale_parameter),
+        ("relative_step", relative_step),
+        ("warmup_init", warmup_init),
+    ):
+        check_flag(name, flag)
+    if relative_step == (lr is not None):
+        raise ValueError(
+            f"Adafactor needs either lr or relative_step=True, got lr={lr!r} and "
+            f"relative_step={relative_step}"
+        )
+    if warmup_init and not relative_step:
+        raise ValueError("warmup_init needs relative_step=True, got relative_step=False")
+    if lr is not None:
+        check("lr", lr, ">= 0")
+    check_pair("eps", eps, ">= 0", ">= 0")
+    check("clip_threshold", clip_threshold, "> 0")
+    check("decay_rate", decay_rate, "<= 0")
+    if beta1 is not None:
+        check("beta1", beta1, "in [0, 1)")
+    check("weight_decay", weight_decay, ">= 0")
+
+    def init(p: Array) -> AdafactorState:
+        average = jnp.zeros_like(p) if beta1 is not None else None
+        if p.ndim < 2:
+            return AdafactorState(None, None, jnp.zeros_like(p), average)
+        row, col = zeros_without_axis(p, -1), zeros_without_axis(p, -2)
+        return AdafactorState(row, col, None, average)
+
+    def update(g: Array, s: AdafactorState, t: Array, p: Array) -> tuple[Array, AdafactorState]:
+        b2 = 1 - t**decay_rate
+        square = g * g + eps[0]
+        if s.exp_avg_sq is None:
+            row = b2 * s.exp_avg_sq_row + (1 - b2) * _mean(square, -1)
+            col = b2 * s.exp_avg_sq_col + (1 - b2) * _mean(square, -2)
+            scale = (row / _mean(row, -1)[..., None])[..., None] * col[..., None, :]
+            u, v = g / jnp.sqrt(scale), None
+        else:
+            row = col = None
+            v = b2 * s.exp_avg_sq + (1 - b2) * square
+            u = g / jnp.sqrt(v)
+        rate = jnp.minimum(1e-6 * t if warmup_init else 1e-2, 1 / jnp.sqrt(t)) if lr is None else lr
+        if scale_parameter:
+            rate = rate * jnp.maximum(eps[1], _rms(p))
+        u = rate * u / jnp.maximum(1, _rms(u) / clip_threshold)
+        m = None
+        if s.exp_avg is not None:
+            u = m = beta1 * s.exp_avg + (1 - beta1) * u
+        return -add_weight_decay(u, weight_decay * rate, p), AdafactorState(row, col, v, m)
+
+    return Rule(init, update, supports_complex=False)
+
+
+def _mean(x: Array, axis: int | None) -> Array:
+    """The mean; 0 of nothing."""
+    n = math.prod(x.shape) if axis is None else x.shape[axis]
+    return jnp.sum(x, axis) / max(n, 1)
+
+
+def _rms(x: Array) -> Array:
+    return jnp.sqrt(_mean(x * x, None))
+
+
+_TORCH_STATES = {"row_var": "exp_avg_sq_row", "col_var": "exp_avg_sq_col", "variance": "exp_avg_sq"}
+_TORCH_AXES = {"row_var": -1, "col_var": -2}
+
+
+class Adafactor(Optimizer.of(adafactor, enable_global_step=True)):
+    states_to_sparsify = ("exp_avg", "exp_avg_sq")
+    torch_names = {"beta2_decay": "decay_rate", "d": "clip_threshold"}
+
+    def import_state(self, entry: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+        """torch keeps row and column with an axis of length 1, under other names."""
+        result = {}
+        for name, value in entry.items():
+            if name in _TORCH_AXES and value is not None:
+                value = value.squeeze(_TORCH_AXES[name])
+            result[_TORCH_STATES.get(name, name)] = value
+        return result
+
+    def export_state(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `import_state`, on NumPy arrays."""
+        names = {ours: theirs for theirs, ours in _TORCH_STATES.items()}
+        result = {}
+        for name, value in entry.items():
+            theirs = names.get(name, name)
+            if theirs in _TORCH_AXES:
+                axis = _TORCH_AXES[theirs]
+                value = value[..., None] if axis == -1 else value[..., None, :]
+            result[theirs] = value
+        return result
