@@ -358,9 +358,8 @@ def check_buffers(
     )
     if same_terms:
         return
-    rule = factory(**at_step(new, 0))
-    needed = [*state_names(rule), *getattr(rule.clock, "_fields", ())]
-    missing = [name for name in needed if name not in present]
+    made, needed = (_all_names(factory(**at_step(hyper, 0))) for hyper in (old, new))
+    missing = [name for name in needed if name not in made and name not in present]
     if missing:
         changed = {k: v for k, v in new.items() if v is not old[k]}
         raise ValueError(
@@ -472,6 +471,10 @@ def state_names(rule: Rule) -> list[str]:
         for name, *values in zip(probes[0]._fields, *probes, strict=True)
         if any(v is not None for v in values)
     ]
+
+
+def _all_names(rule: Rule) -> list[str]:
+    return [*state_names(rule), *getattr(rule.clock, "_fields", ())]
 
 
 def _columns(rule: Rule, names: list[str], treedef: Any, rows: list[Any]) -> Any:

@@ -91,9 +91,9 @@ def test_one_compilation_for_every_learning_rate(entry):
 
 @every
 def test_an_override_is_the_constant(entry):
+    if entry.name in ("rprop", "asgd"):
+        return  # the lr of the constructor seeds their state
     overridden = run(entry.pure(**{**entry.kwargs, "lr": 0.3}), lr=entry.kwargs["lr"])
-    if entry.name == "rprop":
-        return  # lr only seeds its state
     chex.assert_trees_all_close(overridden, run(entry.pure(**entry.kwargs)), rtol=1e-6)
 
 

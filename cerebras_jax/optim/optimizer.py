@@ -15,7 +15,13 @@ from flax import nnx
 from cerebras_jax.checks import is_traced
 from cerebras_jax.optim.param_groups import ParamGroups, is_group_list
 from cerebras_jax.optim.sources import ModuleSource, Source, TreeSource, make_source
-from cerebras_jax.optim.state_dict import check_group, load_array, match_parameters, plain_value
+from cerebras_jax.optim.state_dict import (
+    check_group,
+    load_array,
+    match_parameters,
+    plain_value,
+    to_torch,
+)
 from cerebras_jax.rule import (
     GroupClock,
     PureOptimizer,
@@ -303,6 +309,10 @@ class Optimizer(ABC):
     def _entries(self) -> list[dict[str, Any]]:
         return [dict(self._state.get(name, {})) for name in self._names]
 
+    def _full_entries(self) -> list[dict[str, Any]]:
+        """Like `_entries`, with what a state dict may hold beyond them."""
+        return self._entries()
+
     def _set_entries(self, entries: Sequence[Mapping[str, Any]]) -> None:
         self._state = {n: dict(e) for n, e in zip(self._names, entries, strict=True)}
 
@@ -348,7 +358,7 @@ class Optimizer(ABC):
           ValueError: names what is missing, unexpected, of another shape, or out of range.
         """
         match = match_parameters(state_dict, self.param_groups)
-        groups, entries = [], dict(zip(self._names, self._entries(), strict=True))
+        groups, entries = [], dict(zip(self._names, self._full_entries(), strict=True))
         for ours, loaded in zip(self.param_groups, match.groups, strict=True):
             group = normalize({**self.defaults, **self._import_group(loaded)})
             group["params"] = list(ours["params"])
@@ -508,7 +518,10 @@ class RuleOptimizer(Optimizer, Generic[P]):
     pure: ClassVar[Any]
     counts_steps: ClassVar[bool] = False
     states_to_sparsify: ClassVar[tuple[str, ...]] = ()
-    torch_flags: ClassVar[Mapping[str, Any]] = {}
+    # What torch.optim's optimizer of the same name calls differently; see `import_state`.
+    torch_flags: ClassVar[Mapping[str, Any]] = {}  # its flags, and what they are here
+    torch_names: ClassVar[Mapping[str, str]] = {}  # its name of a group value -> ours
+    torch_counts_steps: ClassVar[bool] = True  # whether its state has `step`
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -636,12 +649,10 @@ class RuleOptimizer(Optimizer, Generic[P]):
             if edited and not _is_traced(hyper):  # traced ones were checked before the trace
                 try:
                     self.pure.rule(**hyper)
-                    present = {
-                        k for s in self._states[i][:1] for k, v in _items(s) if v is not None
-                    }
-                    present |= {k for k, _ in _items(self._clocks[i].clock)}
-                    if self._states[i]:
-                        check_buffers(self.pure.rule, old, hyper, present)
+                    present = {k for k, _ in _items(self._clocks[i].clock)}
+                    for state in self._states[i]:
+                        present |= {k for k, v in _items(state) if v is not None}
+                    check_buffers(self.pure.rule, old, hyper, present)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"param_groups[{i}]: {error}") from None
                 self._checked[i] = hyper
@@ -689,6 +700,13 @@ class RuleOptimizer(Optimizer, Generic[P]):
         entries = self._entries_of(len(self.param_groups))
         return [entries[name] for name in self._names]
 
+    def _full_entries(self) -> list[dict[str, Any]]:
+        entries = self._entries()
+        for clock, group in zip(self._clocks, self.param_groups, strict=True):
+            for i, name in enumerate(group["params"]):
+                entries[self._index(name)]["step"] = np.float32(clock.count[i])
+        return entries
+
     def _set_entries(self, entries: Sequence[Mapping[str, Any]]) -> None:
         by_name = dict(zip(self._names, entries, strict=True))
         for g, group in enumerate(self.param_groups):
@@ -734,15 +752,49 @@ class RuleOptimizer(Optimizer, Generic[P]):
         """Hook: turns another library's state of one parameter into ours."""
         return entry
 
+    def export_state(self, entry: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Hook: the inverse of `import_state`, for torch.optim, on NumPy arrays."""
+        return entry
+
+    def torch_state_dict(self) -> dict[str, Any]:
+        """The state dict for torch.optim's optimizer of the same name, with torch tensors.
+
+        ``torch_optimizer.load_state_dict(opt.torch_state_dict())`` continues the run there,
+        provided that its parameters come in the same order and hold the same values.
+
+        Raises:
+          ImportError: if torch is not installed.
+        """
+        ours = self.state_dict()
+        counted = dict(zip(self._names, self._full_entries(), strict=True))
+        names = [name for group in self.param_groups for name in group["params"]]
+        group_of = {name: group for group in self.param_groups for name in group["params"]}
+        state = {}
+        for number, name in enumerate(names):
+            entry = counted[name]
+            step = entry.pop("step") or _steps_of_powers(entry, group_of[name])
+            arrays = {k: v for k, v in entry.items() if not k.endswith("_power")}
+            theirs = dict(self.export_state(arrays))
+            if self.torch_counts_steps:
+                theirs["step"] = np.float32(step)
+            state[number] = {k: to_torch(v) for k, v in theirs.items()}
+        back = {ours: theirs for theirs, ours in self.torch_names.items()}
+        groups = [
+            {**{back.get(k, k): v for k, v in group.items()}, **self.torch_flags}
+            for group in ours["param_groups"]
+        ]
+        return {"state": state, "param_groups": groups}
+
     def _import_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        return check_group(group, self.defaults, self.torch_flags)
+        renamed = {self.torch_names.get(k, k): v for k, v in group.items()}
+        return check_group(renamed, self.defaults, self.torch_flags)
 
     def _import_state(self, entry: Any, group: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
         if entry is None:
             return None
         entry = dict(self.import_state(entry, group))
-        if "step" not in ours:
-            entry.pop("step", None)
+        if not self._stores_step(group):
+            entry.setdefault("step", ours["step"])
         return entry
 
 
@@ -751,6 +803,26 @@ class RuleOptimizer(Optimizer, Generic[P]):
 
 def _items(state: Any) -> list[tuple[str, Any]]:
     return list(zip(state._fields, state, strict=True)) if hasattr(state, "_fields") else []
+
+
+def with_powers(
+    entry: Mapping[str, Any], group: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Adds the running powers beta^(t + 1) to a state that counts t steps instead."""
+    entry = dict(entry)
+    if "step" in entry:
+        for name, beta in zip(names, group["betas"], strict=False):
+            entry.setdefault(name, float(beta) ** (float(entry["step"]) + 1))
+    return entry
+
+
+def _steps_of_powers(entry: Mapping[str, Any], group: Mapping[str, Any]) -> float:
+    """The steps that running powers beta^(t + 1) tell of; 0 where there are none."""
+    for name, beta in zip(("beta1_power", "beta2_power"), group.get("betas", ()), strict=False):
+        power = float(entry.get(name, 0))
+        if 0 < power < 1 and 0 < beta < 1:
+            return round(np.log(power) / np.log(float(beta))) - 1
+    return 0
 
 
 def _group_values(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,16 @@ def to_numpy(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
+def to_torch(x: Any) -> Any:
+    """A torch tensor of a JAX or NumPy array, in the same dtype."""
+    import torch
+
+    is_bfloat16 = jnp.result_type(x) == jnp.bfloat16
+    array = np.array(x, np.float32 if is_bfloat16 else None)
+    tensor = torch.from_numpy(array) if array.ndim else torch.tensor(array.item())
+    return tensor.bfloat16() if is_bfloat16 else tensor
+
+
 def plain_value(value: Any) -> Any:
     """Scalar arrays and tensors as Python numbers; tracers and everything else as they are."""
     if isinstance(value, list | tuple):

@@ -152,6 +152,12 @@ class Adafactor(Optimizer.of(adafactor, enable_global_step=True)):
     states_to_sparsify = ("exp_avg", "exp_avg_sq")
     torch_names = {"beta2_decay": "decay_rate", "d": "clip_threshold"}
 
+    def _import_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        group = super()._import_group(group)
+        if group.get("eps", (0,))[0] is None:  # torch: the precision of the dtype, as a bound
+            group["eps"] = (self.defaults["eps"][0], group["eps"][1])
+        return group
+
     def import_state(self, entry: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
         """torch keeps row and column with an axis of length 1, under other names."""
         result = {}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag, check_pair
-from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.optimizer import Optimizer, with_powers
 from cerebras_jax.rule import Rule, add_weight_decay, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -110,9 +110,5 @@ class AdamBase(Optimizer.of(adam_base)):
 
     def import_state(self, entry: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
         """torch.optim and Hugging Face store ``step``; the powers follow from it."""
-        entry = dict(entry)
-        if "step" in entry and "beta1_power" not in entry and group.get("correct_bias", True):
-            b1, b2 = group["betas"]
-            t = float(entry["step"]) + 1
-            entry |= {"beta1_power": float(b1) ** t, "beta2_power": float(b2) ** t}
-        return entry
+        needs_powers = group.get("correct_bias", True)
+        return with_powers(entry, group, ("beta1_power", "beta2_power") if needs_powers else ())

@@ -63,7 +63,8 @@ def radam(
 
     >>> tx = radam(lr=0.5)
     >>> params = jnp.array([1.0, 1.0])
-    >>> tx.update(jnp.array([3.0, -0.5]), tx.init(params), params)[0]  # momentum at first
+    >>> updates, _ = tx.update(jnp.array([3.0, -0.5]), tx.init(params), params)
+    >>> updates.round(4)  # momentum at first
     Array([-1.5 ,  0.25], dtype=float32)
     """
     check("lr", lr, ">= 0")

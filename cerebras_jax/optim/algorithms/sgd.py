@@ -85,3 +85,4 @@ def sgd(
 
 class SGD(Optimizer.of(sgd)):
     states_to_sparsify = ("momentum_buffer",)
+    torch_counts_steps = False
