@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 import yaml
 
-from cerebras_jax import optim
+from cerebras_jax import optim, schedules
 from cerebras_jax.checks import check
 from cerebras_jax.optim.configure import (
     configure_scheduler,
@@ -25,6 +26,8 @@ from cerebras_jax.optim.lr_scheduler import LRScheduler
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups
 from cerebras_jax.optim.scheduler import Scheduler
+from cerebras_jax.optim.sources import make_source
+from cerebras_jax.optim.weight_decay_scheduler import WeightDecayScheduler
 
 # Read here or by the training loop, so that the optimizer need not warn of them.
 _LOOP_KEYS = {
@@ -48,7 +51,7 @@ class Recipe:
     Attributes:
       optimizer_class: e.g. `optim.AdamW`.
       optimizer_values: its constructor arguments.
-      schedules: configuration values by the key they drive: ``{"lr": [{"scheduler": ...}, ...]}``.
+      schedulers: configuration values of the schedulers, as they were given.
       max_gradient_norm: clip gradients to this global norm; None: do not.
       max_gradient_value: clip every gradient element to this; None: do not.
       adjust_learning_rate: factors by layer type or pattern.
@@ -58,7 +61,7 @@ class Recipe:
 
     optimizer_class: type[Optimizer]
     optimizer_values: dict[str, Any]
-    schedules: dict[str, Any] = dataclasses.field(default_factory=dict)
+    schedulers: tuple[Any, ...] = ()
     max_gradient_norm: float | None = None
     max_gradient_value: float | None = None
     adjust_learning_rate: dict[str, Any] | None = None
@@ -68,10 +71,10 @@ class Recipe:
     def optimizer(self, params: Any) -> tuple[Optimizer, list[Scheduler]]:
         """The class form: the optimizer, and the schedulers to step after it.
 
-        Gradient clipping is up to the caller: see `clipping`.
+        Gradients are clipped by the caller, with `clip`.
         """
         opt = self.optimizer_class(self.param_groups(params), **self.optimizer_values)
-        return opt, self._schedulers(opt)
+        return opt, self._make_schedulers(opt)
 
     def transformation(self, params: Any) -> optax.GradientTransformationExtraArgs:
         """The pure form: an optax chain of clipping and the optimizer, with groups and schedules.
@@ -80,30 +83,45 @@ class Recipe:
           params: the parameters, as an example of their structure: a pytree or nnx.Module.
         """
         groups = self.param_groups(params)
-        values = {**self.optimizer_values, **{key: self.schedule(key) for key in self.schedules}}
         parts: dict[Any, Any] = {
-            str(i): self._pure(values, group) for i, group in enumerate(groups)
+            str(i): self.optimizer_class.pure(**values)  # pyright: ignore
+            for i, values in enumerate(self._values_of(groups))
         }
         label = {name: str(i) for i, group in enumerate(groups) for name in group["params"]}
         labels = [label[name] for name in groups.source.names]
 
         def label_tree(tree: Any) -> Any:
-            structure = jax.tree.structure(tree)
-            return structure.unflatten(labels)
+            return jax.tree.structure(tree).unflatten(labels)
 
         update = parts["0"] if len(parts) == 1 else optax.partition(parts, label_tree)
-        return optax.chain(*self.clipping(), update)
+        return optax.chain(*self._clipping(), update)
 
-    def _pure(self, values: Mapping[str, Any], group: Mapping[str, Any]) -> Any:
-        own = {k: v for k, v in group.items() if k in values or k == "weight_decay"}
-        merged = {**values, **{k: v for k, v in own.items() if k not in self.schedules}}
-        factor = group.get("adjust_learning_rate", 1.0)
-        if "lr" in self.schedules and factor != 1.0:
-            merged["lr"] = values["lr"] * factor
-        return self.optimizer_class.pure(**merged)  # pyright: ignore
+    def _values_of(self, groups: ParamGroups) -> list[dict[str, Any]]:
+        """The hyper-parameters of each group, schedules in place of what they drive."""
+        probe = _probe(groups)
+        schedulers = self._make_schedulers(probe)
+        known = inspect.signature(self.optimizer_class).parameters
+        result = []
+        for made, given in zip(probe.param_groups, groups, strict=True):
+            values = {**self.optimizer_values, **{k: v for k, v in given.items() if k in known}}
+            values.pop("params", None)
+            for scheduler in schedulers:
+                if any(made is group for group in scheduler.groups()):
+                    scaled = isinstance(scheduler, optim.lr_scheduler.ScalePerParamLR)
+                    factor = made.get("adjust_learning_rate", 1.0) if scaled else 1.0
+                    schedule = scheduler.schedule
+                    values[scheduler.key] = (
+                        schedule if factor == 1.0 else schedules.scaled(schedule, factor)
+                    )
+            result.append(values)
+        return result
 
-    def clipping(self) -> list[optax.GradientTransformation]:
-        """The links of the chain that clip gradients."""
+    def clip(self, grads: Any) -> Any:
+        """Gradients clipped as the configuration says; for the class form."""
+        links = optax.chain(*self._clipping())
+        return links.update(grads, links.init(grads))[0]
+
+    def _clipping(self) -> list[optax.GradientTransformation]:
         links = []
         if self.max_gradient_norm is not None:
             links.append(optax.clip_by_global_norm(self.max_gradient_norm))
@@ -112,26 +130,55 @@ class Recipe:
         return links
 
     def schedule(self, key: str = "lr") -> Callable[[Any], Any]:
-        """The pure schedule of ``"lr"`` or another scheduled value."""
-        if key not in self.schedules:
-            raise KeyError(f"the recipe schedules {sorted(self.schedules)}, not {key!r}")
-        probe = optim.SGD(jnp.zeros(()), lr=0.0)
-        return self._schedulers(probe)[list(self.schedules).index(key)].schedule
+        """The pure schedule of ``"lr"`` or ``"weight_decay"``: the constant if none drives it."""
+        for scheduler in self._make_schedulers(_probe(None)):
+            if scheduler.key == key:
+                return scheduler.schedule
+        return schedules.constant(self.constant(key))
+
+    def constant(self, key: str) -> float:
+        """The value of an unscheduled number of the optimizer, e.g. ``"weight_decay"``."""
+        default = inspect.signature(self.optimizer_class).parameters[key].default
+        value = self.optimizer_values.get(key, default)
+        return 0.0 if value is None else value
 
     def param_groups(self, params: Any) -> ParamGroups:
         """The parameter groups: without decay for biases and norms, adjusted, tagged."""
         rules = {"adjust_learning_rate": self.adjust_learning_rate, "params": self.params}
         return optim.configure_param_groups(params, rules)
 
-    def _schedulers(self, opt: Optimizer) -> list[Scheduler]:
-        result = []
+    def _make_schedulers(self, opt: Optimizer) -> list[Scheduler]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they were given when the recipe was read
-            for key, value in self.schedules.items():
-                if key == "lr":
-                    scheduler = optim.configure_lr_scheduler(opt, value, self.adjust_learning_rate)
-                    result.append(scheduler)
-        return result
+            return [
+                _make_scheduler(opt, value, self.adjust_learning_rate) for value in self.schedulers
+            ]
+
+
+def _make_scheduler(opt: Optimizer, value: Any, adjust_learning_rate: Any) -> Scheduler:
+    base = WeightDecayScheduler if _is_weight_decay(value) else LRScheduler
+    if base is LRScheduler:
+        return optim.configure_lr_scheduler(opt, value, adjust_learning_rate)
+    return configure_scheduler(opt, value, base, "schedulers")
+
+
+def _is_weight_decay(value: Any) -> bool:
+    """Whether a scheduler's configuration names one of the weight-decay schedulers."""
+    if isinstance(value, list | tuple):
+        return bool(value) and _is_weight_decay(value[0])
+    if not isinstance(value, Mapping):
+        return False
+    name = value.get("scheduler", next(iter(value), ""))
+    return str(name).upper().endswith("WD")
+
+
+def _probe(groups: ParamGroups | None) -> Optimizer:
+    """An optimizer of empty parameters in these groups, to hang schedulers on."""
+    nothing = jnp.zeros((0,))
+    if groups is None:
+        return optim.SGD(nothing, lr=0.0)
+    tree = {name: jnp.zeros((0,)) for name in groups.source.names}
+    return optim.SGD(ParamGroups(make_source(tree), groups), lr=0.0)
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
@@ -149,10 +196,10 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     >>> recipe.optimizer_class.__name__, recipe.max_gradient_norm, recipe.schedule()(0)
     ('AdamW', 1.0, 0.0001)
     """
-    section = _optimizer_section(read_config(source))
+    config = read_config(source)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        recipe = _recipe(section)
+        recipe = _recipe(config)
     for w in caught:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     return dataclasses.replace(recipe, warnings=tuple(str(w.message) for w in caught))
@@ -172,35 +219,67 @@ def read_config(source: Any) -> Mapping[str, Any]:
     return config
 
 
-def _optimizer_section(config: Mapping[str, Any]) -> dict[str, Any]:
-    if "optimizer" in config:
-        config = config["optimizer"]
-    if not isinstance(config, Mapping) or "optimizer_type" not in config:
-        keys = sorted(config) if isinstance(config, Mapping) else config
+def _sections(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], list[Any]]:
+    """(optimizer name, its section, scheduler values) of either style."""
+    trainer = config.get("trainer")
+    if isinstance(trainer, list) and len(trainer) == 1:
+        trainer = trainer[0]
+        trainer = trainer.get("trainer", trainer) if isinstance(trainer, Mapping) else trainer
+    if trainer is not None:
+        init = trainer.get("init") if isinstance(trainer, Mapping) else None
+        if not isinstance(init, Mapping):
+            raise ValueError(f"trainer must be a mapping with the key 'init', got {trainer!r}")
+        return _trainer_sections(init)
+    section = config.get("optimizer", config)
+    if not isinstance(section, Mapping) or "optimizer_type" not in section:
+        keys = sorted(section) if isinstance(section, Mapping) else section
         raise ValueError(f"the optimizer section must have the key 'optimizer_type', got {keys}")
-    return dict(config)
+    learning_rate = section.get("learning_rate")
+    values = [] if learning_rate is None else [learning_rate]
+    return section["optimizer_type"], dict(section), values
 
 
-def _recipe(section: dict[str, Any]) -> Recipe:
-    cls = find_class(section["optimizer_type"], Optimizer)
+def _trainer_sections(init: Mapping[str, Any]) -> tuple[Any, dict[str, Any], list[Any]]:
+    optimizer = init.get("optimizer")
+    if not isinstance(optimizer, Mapping) or len(optimizer) != 1:
+        raise ValueError(f"trainer.init.optimizer must be {{name: arguments}}, got {optimizer!r}")
+    name, arguments = next(iter(optimizer.items()))
+    if not isinstance(arguments or {}, Mapping):
+        raise ValueError(f"trainer.init.optimizer.{name} must be a mapping, got {arguments!r}")
+    precision = init.get("precision") or {}
+    section = {**{k: v for k, v in precision.items() if k in _LOOP_KEYS}, **(arguments or {})}
+    values = init.get("schedulers", init.get("scheduler")) or []
+    values = list(values) if isinstance(values, list | tuple) else [values]
+    if "learning_rate" in section and not values:
+        values = [section["learning_rate"]]
+    return name, section, values
+
+
+def _recipe(config: Mapping[str, Any]) -> Recipe:
+    name, section, schedulers = _sections(config)
+    cls = find_class(name, Optimizer)
     values = {k: v for k, v in section.items() if k not in _LOOP_KEYS}
-    schedules = {}
-    if section.get("learning_rate") is not None:
-        schedules["lr"] = section["learning_rate"]
     recipe = Recipe(
         cls,
         optimizer_arguments(cls, values),
-        schedules,
+        tuple(schedulers),
         _positive(section, "max_gradient_norm"),
         _positive(section, "max_gradient_value"),
         section.get("adjust_learning_rate"),
         section.get("params"),
     )
-    probe = jnp.zeros(())
-    cls(probe, **recipe.optimizer_values)  # checks ranges now
-    for value in schedules.values():
-        configure_scheduler(optim.SGD(probe, lr=0.0), value, LRScheduler)
+    nothing = jnp.zeros((0,))
+    cls(nothing, **recipe.optimizer_values)  # checks ranges now
+    for value in schedulers:
+        if not _has_tags(value):  # tags need the parameters' groups
+            _make_scheduler(_probe(None), value, recipe.adjust_learning_rate)
     return recipe
+
+
+def _has_tags(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "param_group_tags" in value or any(_has_tags(v) for v in value.values())
+    return isinstance(value, list | tuple) and any(_has_tags(v) for v in value)
 
 
 def _positive(section: Mapping[str, Any], key: str) -> float | None:

@@ -14,7 +14,7 @@ FLOORS = [
     {"optim.param_groups"},
     {"optim.optimizer"},
     {"optim.scheduler", "optim.algorithms.*"},
-    {"optim.lr_scheduler"},
+    {"optim.lr_scheduler", "optim.weight_decay_scheduler"},
     {"optim.configure", "trace"},
     {"optim"},
     {"recipe"},

@@ -68,7 +68,7 @@ def optimizer_arguments(cls: type[Optimizer], values: Mapping[str, Any]) -> dict
             raise ValueError(f"lr={values['lr']!r} and learning_rate={learning_rate!r} differ")
         values["lr"] = learning_rate
     if "lr" in signature and "lr" not in values and signature["lr"].default is inspect._empty:
-        values["lr"] = _DEFAULT_LR
+        values["lr"] = None if values.get("relative_step") in (True, "true") else _DEFAULT_LR
     return _accepted(cls, values, skip={"params"})
 
 
@@ -139,24 +139,25 @@ def configure_lr_scheduler(
     scheduler = configure_scheduler(optimizer, learning_rate, LRScheduler)
     if not adjust_learning_rate or scheduler is None:
         return scheduler
-    chained = getattr(lr_scheduler, "ChainedScheduler", ())
-    if isinstance(scheduler, chained):
+    if isinstance(scheduler, lr_scheduler.ChainedScheduler):
         raise ValueError("adjust_learning_rate cannot be combined with a chained scheduler")
     return lr_scheduler.ScalePerParamLR(optimizer, scheduler)
 
 
-def configure_scheduler(optimizer: Optimizer, value: Any, base: type[Scheduler]) -> Any:
+def configure_scheduler(
+    optimizer: Optimizer, value: Any, base: type[Scheduler], where: str = "learning_rate"
+) -> Any:
     """The scheduler of kind ``base`` that a configuration value describes."""
     if value is None:
         return None
     if isinstance(value, str) or is_number(value):
-        return find_class("Constant", base)(optimizer, to_number("learning_rate", value))
+        return find_class("Constant", base)(optimizer, to_number(where, value))
     if isinstance(value, Mapping):
-        return _one_scheduler(optimizer, value, base, "learning_rate")
+        return _one_scheduler(optimizer, value, base, where)
     if isinstance(value, list | tuple) and value:
-        return _scheduler_list(optimizer, value, base, None, {})
+        return _scheduler_list(optimizer, value, base, None, {}, where=where)
     raise ValueError(
-        f"learning_rate must be a number, a dict with 'scheduler', or a list of them, got {value!r}"
+        f"{where} must be a number, a dict with 'scheduler', or a list of them, got {value!r}"
     )
 
 
@@ -170,7 +171,7 @@ def _one_scheduler(optimizer: Optimizer, entry: Any, base: type[Scheduler], wher
             raise ValueError(f"{where}: schedulers must be a list of schedulers, got {children!r}")
         extra = {k: v for k, v in values.items() if k not in ("schedulers", "milestones")}
         milestones = None if is_chain else values.get("milestones")
-        return _scheduler_list(optimizer, children, base, milestones, extra, is_chain)
+        return _scheduler_list(optimizer, children, base, milestones, extra, is_chain, where)
     values = _modern(values, _LEGACY_SCHEDULER, cls.__name__)
     values.pop("main_scheduler", None)
     parameters = inspect.signature(cls).parameters
@@ -200,6 +201,7 @@ def _scheduler_list(
     milestones: Sequence[int] | None,
     extra: Mapping[str, Any],
     is_chain: bool = False,
+    where: str = "learning_rate",
 ) -> Any:
     mains = {
         str(e["main_scheduler"]).lower()
@@ -211,8 +213,7 @@ def _scheduler_list(
         raise ValueError(f"main_scheduler must be SequentialLR or ChainedLR, got {sorted(unknown)}")
     is_chain = is_chain or bool(mains & _CHAINED)
     children = [
-        _one_scheduler(optimizer, entry, base, f"learning_rate[{i}]")
-        for i, entry in enumerate(entries)
+        _one_scheduler(optimizer, entry, base, f"{where}[{i}]") for i, entry in enumerate(entries)
     ]
     if len(children) == 1:
         return children[0]
@@ -221,21 +222,21 @@ def _scheduler_list(
     if milestones is None:
         milestones, total = [], 0
         for i, entry in enumerate(entries[:-1]):
-            total += _total_iters(entry, i)
+            total += _total_iters(entry, f"{where}[{i}]")
             milestones.append(total)
     return find_class("Sequential", base)(optimizer, children, milestones, **extra)
 
 
-def _total_iters(entry: Any, index: int) -> int:
-    _, values = _named(entry, f"learning_rate[{index}]")
+def _total_iters(entry: Any, where: str) -> int:
+    _, values = _named(entry, where)
     values = {_LEGACY_SCHEDULER.get(k, k): v for k, v in values.items()}
     total = values.get("total_iters")
     if total is None and "schedulers" in values:
-        return sum(_total_iters(e, index) for e in values["schedulers"])
+        return sum(_total_iters(e, where) for e in values["schedulers"])
     number: Any = to_number("total_iters", total) if isinstance(total, str) else total
     if not is_number(number) or float(number) != int(number) or number <= 0:
         raise ValueError(
-            f"learning_rate[{index}]: total_iters must be a positive whole number on every entry "
+            f"{where}: total_iters must be a positive whole number on every entry "
             f"but the last, got {total!r}"
         )
     return int(number)
@@ -259,6 +260,7 @@ def _named(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
 
 _NORM_LAYERS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm)
 _NORM_NAME = re.compile(r".*norm.*|(ln|bn|gn)([_\d].*)?", re.IGNORECASE)
+_NO_DECAY = {"weight_decay": 0.0, "no_weight_decay": True}
 _LAYER_TYPES = {
     "decoder_kernel": lambda name: _is_decoder_kernel(name),
     "embedding": lambda name: any("embed" in part for part in name.lower().split(".")),
@@ -268,7 +270,8 @@ _LAYER_TYPES = {
 def configure_param_groups(params: Any, optimizer_params: Mapping[str, Any]) -> ParamGroups:
     """Groups of parameters with and without weight decay, and with their own learning rates.
 
-    Biases, and the scale and bias of normalisation layers, get no weight decay. In a module such
+    Biases, and the scale and bias of normalisation layers, get no weight decay, and are marked
+    ``no_weight_decay`` so that weight-decay schedulers leave them alone. In a module such
     layers are known by their type, in a tree by their names: whole path components such as
     ``norm1``, ``LayerNorm_0``, ``ln_f`` or ``bn2``.
 
@@ -285,13 +288,13 @@ def configure_param_groups(params: Any, optimizer_params: Mapping[str, Any]) -> 
     >>> import jax.numpy as jnp
     >>> tree = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
     >>> configure_param_groups(tree, {"adjust_learning_rate": {"decoder_kernel": 0.5}})
-    [{'params': ['dense.bias'], 'weight_decay': 0.0}, {'params': ['dense.kernel'], \
-'adjust_learning_rate': 0.5}]
+    [{'params': ['dense.bias'], 'weight_decay': 0.0, 'no_weight_decay': True}, \
+{'params': ['dense.kernel'], 'adjust_learning_rate': 0.5}]
     """
     source = make_source(params)
     norms = _norm_prefixes(params)
     values: dict[str, dict[str, Any]] = {
-        name: {"weight_decay": 0.0} if _has_no_decay(name, norms) else {} for name in source.names
+        name: dict(_NO_DECAY) if _has_no_decay(name, norms) else {} for name in source.names
     }
     for layer_type, factor in (optimizer_params.get("adjust_learning_rate") or {}).items():
         factor = to_number(f"adjust_learning_rate[{layer_type!r}]", factor)

@@ -8,6 +8,7 @@ from typing import Any, ParamSpec
 from cerebras_jax import schedules
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.scheduler import (
+    ChainScheduler,
     Scheduler,
     SchedulerComposition,
     ScheduleScheduler,
@@ -40,12 +41,88 @@ class LinearLR(LRScheduler.of(schedules.linear)):
     pass
 
 
+class ExponentialLR(LRScheduler.of(schedules.exponential)):
+    pass
+
+
+class InverseExponentialTimeDecayLR(LRScheduler.of(schedules.inverse_exponential_time_decay)):
+    pass
+
+
+class InverseSquareRootDecayLR(LRScheduler.of(schedules.inverse_square_root_decay)):
+    pass
+
+
 class CosineDecayLR(LRScheduler.of(schedules.cosine_decay)):
     pass
 
 
+class PiecewiseConstantLR(LRScheduler.of(schedules.piecewise_constant)):
+    pass
+
+
+class MultiStepLR(LRScheduler.of(schedules.multi_step)):
+    pass
+
+
+class StepLR(LRScheduler.of(schedules.step)):
+    pass
+
+
+class CosineAnnealingLR(LRScheduler.of(schedules.cosine_annealing)):
+    pass
+
+
+class CosineAnnealingWarmRestarts(LRScheduler.of(schedules.cosine_annealing_warm_restarts)):
+    pass
+
+
+class OneCycleLR(LRScheduler.of(schedules.one_cycle)):
+    pass
+
+
+class LambdaLR(LRScheduler.of(schedules.product_of_lambdas)):
+    """An initial value times functions of the step; see `schedules.product_of_lambdas`.
+
+    The functions are given as ``lambdas``, or by a subclass that overrides `set_lr_lambda`.
+    """
+
+    def _make_schedule(self, values: dict[str, Any]) -> Any:
+        self.lambdas = None
+        functions = values.get("lambdas") or self.set_lr_lambda() or self.lambdas
+        del self.lambdas
+        return super()._make_schedule({**values, "lambdas": functions} if functions else values)
+
+    def set_lr_lambda(self) -> Any:
+        """Override it to return the functions of the step, or to set ``self.lambdas``."""
+        return None
+
+
+class MultiplicativeLR(LRScheduler.of(schedules.multiplicative)):
+    def set_lr_lambda(self) -> Callable[[Any], Any]:
+        """The factor of one step, as a function of the step: the coefficient."""
+        return lambda step: self.coefficient
+
+
+class CyclicLR(LRScheduler.of(schedules.cyclic)):
+    def _make_schedule(self, values: dict[str, Any]) -> Any:
+        scale_fn = values.get("scale_fn") or self.set_scale_fn()
+        return super()._make_schedule({**values, "scale_fn": scale_fn})
+
+    def set_scale_fn(self) -> Callable[[Any], Any] | None:
+        """Override it to return a function for the amplitude; None: the mode's own."""
+        return None
+
+
 class SequentialLR(SequentialScheduler, LRScheduler):
     __doc__ = SequentialScheduler.__doc__
+
+
+class ChainedScheduler(ChainScheduler, LRScheduler):
+    __doc__ = ChainScheduler.__doc__
+
+
+ChainedLR = ChainedScheduler
 
 
 class ScalePerParamLR(SchedulerComposition, LRScheduler):
@@ -66,4 +143,4 @@ class ScalePerParamLR(SchedulerComposition, LRScheduler):
 
     def get_lr(self) -> list[Any]:
         value = self._get_closed_form_lr()
-        return [value * group.get("adjust_learning_rate", 1.0) for group in self._groups()]
+        return [value * group.get("adjust_learning_rate", 1.0) for group in self.groups()]

@@ -73,13 +73,13 @@ class Scheduler(ABC):
         if total_iters is not None or not hasattr(self, "total_iters"):
             self.total_iters = total_iters
         self.param_group_tags = _as_tags(param_group_tags)
-        if not self._groups():
+        if not self.groups():
             found = sorted({str(t) for g in optimizer.param_groups for t in group_tags(g)})
             raise ValueError(
                 f"param_group_tags {list(self.param_group_tags or ())} match no parameter group; "
                 f"the groups' tags are {found}"
             )
-        if self.key not in self._groups()[0]:
+        if self.key not in self.groups()[0]:
             raise ValueError(f"{type(optimizer).__name__} has no {self.key!r} to schedule")
         self.last_epoch = last_epoch
         self._last_lr: list[Any] = []
@@ -100,7 +100,7 @@ class Scheduler(ABC):
     def get_lr(self) -> list[Any]:
         """The value for each group at ``last_epoch``."""
         value = self._get_closed_form_lr()
-        return [value for _ in self._groups()]
+        return [value for _ in self.groups()]
 
     def get_last_lr(self) -> list[Any]:
         """The values last written, one for each group."""
@@ -128,16 +128,17 @@ class Scheduler(ABC):
 
     def update_groups(self, values: Sequence[Any]) -> None:
         """Writes one value into each group."""
-        for group, value in zip(self._groups(), values, strict=True):
+        for group, value in zip(self.groups(), values, strict=True):
             group[self.key] = value
 
     def update_last_lr(self) -> None:
         """Remembers what the groups hold now."""
-        self._last_lr = [group[self.key] for group in self._groups()]
+        self._last_lr = [group[self.key] for group in self.groups()]
 
     # --- groups ------------------------------------------------------------------------------
 
-    def _groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups that this scheduler writes to."""
         tags = self.param_group_tags
         return [g for g in self.optimizer.param_groups if tags is None or set(tags) & group_tags(g)]
 
@@ -145,14 +146,14 @@ class Scheduler(ABC):
         claims = claims_of(self.optimizer)
         for i, group in enumerate(self.optimizer.param_groups):
             other = claims.get((i, self.key), lambda: None)()
-            if other is not None and other is not self and any(g is group for g in self._groups()):
+            if other is not None and other is not self and any(g is group for g in self.groups()):
                 raise ValueError(
                     f"param_groups[{i}][{self.key!r}] is already written by {other!r}; combine "
                     "schedulers with SequentialLR or ChainedScheduler"
                 )
 
     def _claim(self) -> None:
-        mine = self._groups()
+        mine = self.groups()
         for i, group in enumerate(self.optimizer.param_groups):
             if any(g is group for g in mine):
                 claims_of(self.optimizer)[i, self.key] = weakref.ref(self)
@@ -271,12 +272,16 @@ class ScheduleScheduler(Scheduler, Generic[P]):
             for k, v in bound.arguments.items()
             if k not in ("optimizer", "param_group_tags")
         }
-        self._schedule = self.schedule_type(**values)
+        self._schedule = self._make_schedule(values)
         super().__init__(
             optimizer,
             total_iters=getattr(self._schedule, "total_iters", None),
             param_group_tags=param_group_tags,
         )
+
+    def _make_schedule(self, values: dict[str, Any]) -> Any:
+        """Hook: the schedule of the constructor's values."""
+        return self.schedule_type(**values)
 
     @property
     def schedule(self) -> Callable[[Any], Any]:
@@ -412,6 +417,30 @@ class SequentialScheduler(SchedulerComposition):
         return [
             int(max(min(now, end - 1) - start, 0)) for start, end in zip(starts, ends, strict=True)
         ]
+
+
+class ChainScheduler(SchedulerComposition):
+    """The first scheduler's value times the others', each relative to its own initial value.
+
+    Args:
+      schedulers: at least one; they may be compositions.
+
+    Raises:
+      ValueError: if a later scheduler starts at 0, or they belong to several optimizers.
+    """
+
+    def __init__(self, schedulers: Sequence[Scheduler]):
+        schedulers = list(schedulers)
+        first = schedulers[0] if schedulers else None
+        self._adopt(getattr(first, "optimizer", cast(Any, None)), schedulers)
+        schedules.chained([child.schedule for child in self._schedulers])  # checks
+        super().__init__(
+            self._schedulers[0].optimizer, param_group_tags=self._schedulers[0].param_group_tags
+        )
+
+    @property
+    def schedule(self) -> Callable[[Any], Any]:
+        return schedules.chained([child.schedule for child in self._schedulers])
 
 
 # --- helpers -------------------------------------------------------------------------------------

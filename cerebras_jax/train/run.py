@@ -123,7 +123,7 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
-    lr = recipe.schedule() if "lr" in recipe.schedules else lambda step: _constant_lr(recipe)
+    lr = recipe.schedule()
     rng = np.random.default_rng(settings.seed)
     tokens_per_step = settings.batch_size * settings.context
     interrupted = False
@@ -181,11 +181,6 @@ def train(
         tokens_per_s=tokens_per_step * (len(losses) - 1) / max(last - loop_start, 1e-9),
         interrupted=interrupted,
     )
-
-
-def _constant_lr(recipe: Recipe) -> float:
-    values = recipe.optimizer_values
-    return values.get("lr") or 0.0
 
 
 def _print_sample(model: gpt.GPT, settings: TrainSettings, folder: Path, console: Console) -> None:
