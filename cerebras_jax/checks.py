@@ -62,7 +62,9 @@ def check(name: str, value: Any, rule: str) -> None:
         raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}")
     if not is_traced(value):
         number = float(value)
-        if not (math.isfinite(number) and _RULES[rule](number)):
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {number:g}")
+        if not _RULES[rule](number):
             raise ValueError(f"{name} must be {rule}, got {number:g}")
 
 

@@ -69,11 +69,10 @@ class Recipe:
     warnings: tuple[str, ...] = ()
 
     def optimizer(self, params: Any) -> tuple[Optimizer, list[Scheduler]]:
-        """The class form: the optimizer, and the schedulers to step after it.
-
-        Gradients are clipped by the caller, with `clip`.
-        """
+        """The class form: the optimizer, which clips gradients, and the schedulers to step."""
         opt = self.optimizer_class(self.param_groups(params), **self.optimizer_values)
+        opt.max_gradient_norm = self.max_gradient_norm
+        opt.max_gradient_value = self.max_gradient_value
         return opt, self._make_schedulers(opt)
 
     def transformation(self, params: Any) -> optax.GradientTransformationExtraArgs:
@@ -116,11 +115,6 @@ class Recipe:
             result.append(values)
         return result
 
-    def clip(self, grads: Any) -> Any:
-        """Gradients clipped as the configuration says; for the class form."""
-        links = optax.chain(*self._clipping())
-        return links.update(grads, links.init(grads))[0]
-
     def _clipping(self) -> list[optax.GradientTransformation]:
         links = []
         if self.max_gradient_norm is not None:
@@ -135,6 +129,10 @@ class Recipe:
             if scheduler.key == key:
                 return scheduler.schedule
         return schedules.constant(self.constant(key))
+
+    def has(self, key: str) -> bool:
+        """Whether the optimizer has a number of that name."""
+        return key in inspect.signature(self.optimizer_class).parameters
 
     def constant(self, key: str) -> float:
         """The value of an unscheduled number of the optimizer, e.g. ``"weight_decay"``."""
@@ -209,6 +207,8 @@ def read_config(source: Any) -> Mapping[str, Any]:
     """A configuration as a mapping, from a YAML file or as it is."""
     if isinstance(source, Mapping):
         return source
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"a configuration is a path or a dict, got {type(source).__name__}")
     with open(source, encoding="utf-8") as file:
         try:
             config = yaml.safe_load(file)
@@ -231,12 +231,24 @@ def _sections(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], list[Any]
             raise ValueError(f"trainer must be a mapping with the key 'init', got {trainer!r}")
         return _trainer_sections(init)
     section = config.get("optimizer", config)
+    if "optimizer" in config and _is_named(section):
+        return _trainer_sections({**config, "optimizer": section})
     if not isinstance(section, Mapping) or "optimizer_type" not in section:
         keys = sorted(section) if isinstance(section, Mapping) else section
         raise ValueError(f"the optimizer section must have the key 'optimizer_type', got {keys}")
     learning_rate = section.get("learning_rate")
     values = [] if learning_rate is None else [learning_rate]
     return section["optimizer_type"], dict(section), values
+
+
+def _is_named(section: Any) -> bool:
+    """Whether a section is ``{name: arguments}``."""
+    return (
+        isinstance(section, Mapping)
+        and "optimizer_type" not in section
+        and len(section) == 1
+        and isinstance(next(iter(section.values())), Mapping)
+    )
 
 
 def _trainer_sections(init: Mapping[str, Any]) -> tuple[Any, dict[str, Any], list[Any]]:

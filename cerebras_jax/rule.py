@@ -242,12 +242,27 @@ def _update_leaf(
     rule = factory(**combine([x.astype(compute) for x in numbers], static))
     now = jax.tree.map(lambda x: x.astype(compute), now)
     g = g.astype(p.dtype) if is_complex else g
-    u, new = rule.update(widen(g), jax.tree.map(widen, s), now, widen(p))
+    u, new = _checked_update(
+        factory, rule.update(widen(g), jax.tree.map(widen, s), now, widen(p)), s, widen(p)
+    )
 
     def store(x: Array, like: Array) -> Array:
         return _from_pairs(x, like.dtype) if _is_complex(like) else x.astype(like.dtype)
 
     return store(u, p), jax.tree.map(store, new, s)
+
+
+def _checked_update(factory: Callable[..., Rule], result: Any, s: Any, p: Array) -> Any:
+    """What a rule returned, if it is an update of the parameter's shape and a state like s."""
+    name = getattr(factory, "__name__", "rule")
+    if not isinstance(result, tuple) or len(result) != 2 or type(result[1]) is not type(s):
+        raise TypeError(f"{name}: update must return (update, {type(s).__name__}), got {result!r}")
+    u, new = result
+    if jnp.shape(u) != p.shape:
+        raise ValueError(f"{name}: the update has shape {jnp.shape(u)}, its parameter {p.shape}")
+    if jax.tree.structure(new) != jax.tree.structure(s):
+        raise ValueError(f"{name}: update must keep the structure of the state {s}, got {new}")
+    return jnp.asarray(u), new
 
 
 def _tick(factory: Callable[..., Rule], hyper: dict[str, Any], count: Any, clock: Any) -> Any:
@@ -457,7 +472,8 @@ def as_array(p: Any) -> Any:
     """
     if isinstance(p, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
-    return jnp.asarray(p, getattr(p, "dtype", None))
+    dtype = getattr(p, "dtype", None)
+    return jnp.asarray(p, None if dtype is None else jax.dtypes.canonicalize_dtype(dtype))
 
 
 def state_names(rule: Rule) -> list[str]:
@@ -466,6 +482,8 @@ def state_names(rule: Rule) -> list[str]:
         jax.eval_shape(rule.init, jax.ShapeDtypeStruct(shape, jnp.float32))
         for shape in ((), (2, 2))
     ]
+    if not hasattr(probes[0], "_fields"):
+        raise TypeError(f"a rule's init must return a NamedTuple, got {type(probes[0]).__name__}")
     return [
         name
         for name, *values in zip(probes[0]._fields, *probes, strict=True)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from cerebras_jax.checks import is_number, is_traced
+from cerebras_jax.interrupts import deferred_interrupts
 from cerebras_jax.optim.optimizer import Optimizer, as_argument
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.optim.sources import ModuleSource
@@ -57,11 +58,12 @@ def trace(fn: Callable[P, R]) -> Callable[P, R]:
     def traced(*args: P.args, **kwargs: P.kwargs) -> R:
         call = _Call((args, kwargs))
         donated, numbers, inputs = call.inputs()
-        try:
-            out, arrays, changed = compiled(call, donated, numbers, inputs)
-        finally:
-            targets = call.release()
-        _write_back(targets, arrays, changed)
+        with deferred_interrupts():
+            try:
+                out, arrays, changed = compiled(call, donated, numbers, inputs)
+            finally:
+                targets = call.release()
+            _write_back(targets, arrays, changed)
         return out
 
     return traced

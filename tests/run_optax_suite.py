@@ -30,6 +30,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import re
 import sys
 import time
 import types
@@ -38,11 +39,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
+import jax
 import optax
 
 from cerebras_jax import optim, schedules
@@ -52,8 +49,6 @@ FILES = {
     "common": "optax.contrib._common_test",
     "sharding": "optax._src.sharding_test",
 }
-LONG = ("AliasTest.test_optimization", "ContribTest.test_optimizers")  # by exact name
-
 # --- our optimizers, as optax's tests call them ---------------------------------------------------
 
 
@@ -82,10 +77,23 @@ def adapted(pure: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
     return factory
 
 
-NAMES = (
-    "sgd adam adamw adamax nadam radam adagrad adadelta rmsprop rprop asgd lamb lion adafactor "
-    "adam_base"
-).split()
+NAMES = [
+    "sgd",
+    "adam",
+    "adamw",
+    "adamax",
+    "nadam",
+    "radam",
+    "adagrad",
+    "adadelta",
+    "rmsprop",
+    "rprop",
+    "asgd",
+    "lamb",
+    "lion",
+    "adafactor",
+    "adam_base",
+]
 
 # The prefix keeps optax's exceptions for its own optimizers of the same names from applying.
 FACTORIES = {f"our_{name}": adapted(getattr(optim, name)) for name in NAMES}
@@ -158,7 +166,7 @@ MECHANIZED: Table = [
     ("our_asgd", {"learning_rate": 1.0}),
     ("our_lamb", {"learning_rate": 1.0}),
     ("our_lion", {"learning_rate": 1.0, "betas": (0.99, 0.99)}),
-    ("our_adafactor", {"learning_rate": 1.0}),
+    ("our_adafactor", {"learning_rate": 0.1, "scale_parameter": False}),
 ]
 
 # The wrappers under test; schedule_free has a momentum of its own and wants a base without.
@@ -220,22 +228,61 @@ REPLACEMENTS: dict[str, dict[str, Callable[[], Any]]] = {
 
 
 class Reason(NamedTuple):
-    """Why a test is left out: one whose id begins like this and contains all of these."""
+    """Why tests are left out: those of this name whose arguments contain all of these texts."""
 
-    start: str
+    name: str  # a class, or a class and a method
     contains: tuple[str, ...]
     why: str
 
+    def holds(self, test: str) -> bool:
+        method = re.sub(r"\d*( .*)?$", "", test)
+        return self.name in (method, method.split(".")[0]) and all(x in test for x in self.contains)
+
 
 LEFT_OUT = [
-    Reason("LBFGSTest.", (), "about L-BFGS and its line search, which we do not have"),
+    Reason("LBFGSTest", (), "about L-BFGS and its line search, which we do not have"),
     Reason(
         "AliasTest.test_explicit_dtype",
         (),
         "about optax's own keywords and state names; ours is state_dtype",
     ),
-    Reason("ShardingTest.test_microbatch", (), "about microbatching; no optimizer takes part"),
-    Reason("AliasTest.", ("our_adafactor", "complex"), "Adafactor refuses complex parameters"),
+    Reason("ShardingTest", ("test_microbatch",), "about microbatching; no optimizer takes part"),
+    Reason("AliasTest", ("our_adafactor", "complex"), "Adafactor refuses complex parameters"),
+    *(
+        Reason(
+            "AliasTest.test_optimization",
+            (name, "_setup_rosenbrock", "complex"),
+            "plain gradient descent, stable below a rate of 1.25e-3, needs 20000 steps there",
+        )
+        for name in ("our_sgd_without_momentum", "our_asgd")
+    ),
+    *(
+        Reason(
+            "ContribTest.test_optimizers",
+            (name, "'mechanize'", target),
+            "mechanize does not get there with it, nor with optax's own optimizer of that name",
+        )
+        for name, target in (
+            ("our_adadelta", "_setup_parabola"),
+            ("our_adadelta", "_setup_rosenbrock"),
+            ("our_rprop", "_setup_rosenbrock"),
+        )
+    ),
+]
+
+LEFT_OUT_IF_FAST = [
+    Reason("AliasTest.test_optimization", (), "long"),
+    Reason("AliasTest.test_state_shape_dtype_shard_stability", (), "long"),
+    Reason("ContribTest.test_optimizers", (), "long"),
+    Reason("ContribTest.test_state_shape_dtype_shard_stability", (), "long"),
+    *(
+        Reason(f"ContribTest.{name}", ("wrapper_name=None",), "alias has the same")
+        for name in (
+            "test_gradient_accumulation",
+            "test_optimizers_can_be_wrapped_in_inject_hyperparams",
+            "test_preserve_dtype",
+        )
+    ),
 ]
 
 # --- their tests ----------------------------------------------------------------------------------
@@ -269,7 +316,21 @@ class _Replace(ast.NodeTransformer):
         return node if value is None else ast.Assign([ast.Name(node.name, ast.Store())], value)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return node  # the tables are at the top
+        return _CompareVersions().visit(node)  # the tables are at the top
+
+
+class _CompareVersions(ast.NodeTransformer):
+    """Compares jax's version by its numbers: as a text, 0.10 comes before 0.7."""
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        match node:
+            case ast.Compare(ast.Attribute(attr="__version__"), [ast.Lt()], [ast.Constant(bound)]):
+                return ast.Constant(version(jax.__version__) < version(bound))
+        return node
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", text)[:3])
 
 
 def path_of(key: str) -> Path | None:
@@ -314,8 +375,9 @@ def cases(suite: unittest.TestSuite) -> Iterator[unittest.TestCase]:
 
 
 def name_of(test: unittest.TestCase) -> str:
-    """Class, method and arguments."""
-    return test.id().split(".", 1)[1]
+    """Class, method and arguments, without the addresses of objects."""
+    name = test.id().split(".", 1)[1]
+    return re.sub(r"<(?:function|class) '?([\w.]+)'?(?: at 0x\w+)?>", r"\1", name)
 
 
 class _Result(unittest.TestResult):
@@ -375,13 +437,7 @@ def run(key: str, fast: bool = False, only: str = "", verbose: bool = False) -> 
         name = name_of(test)
         if only not in name:
             continue
-        reasons = [
-            r.why
-            for r in LEFT_OUT
-            if name.startswith(r.start) and all(part in name for part in r.contains)
-        ]
-        if fast and name.split(" ")[0].rstrip("0123456789") in LONG:
-            reasons = reasons or ["long, and --fast was given"]
+        reasons = [r.why for r in LEFT_OUT + LEFT_OUT_IF_FAST * fast if r.holds(name)]
         if reasons:
             left_out[reasons[0]].append(name)
         else:
@@ -416,6 +472,10 @@ def main() -> int:
     unknown = sorted(set(args.modules) - set(FILES))
     if unknown:
         parser.error(f"no module {', '.join(unknown)}; there are {', '.join(FILES)}")
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
     logging.getLogger("jax").propagate = False  # the tests count what jax logs
     counts = [run(key, args.fast, args.k, args.v) for key in args.modules or FILES]
     total = Counts(*map(sum, zip(*counts, strict=True)))

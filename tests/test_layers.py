@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "cerebras_jax"
 
 FLOORS = [
-    {"types", "checks"},
+    {"types", "checks", "interrupts"},
     {"rule", "schedules"},
     {"optim.sources", "optim.state_dict"},
     {"optim.param_groups"},

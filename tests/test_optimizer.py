@@ -151,7 +151,7 @@ def test_values_of_a_group_are_live():
     opt.step(GRADS)
     assert opt.params["scale"] == 1.5
     opt.param_groups[0]["lr"] = float("nan")
-    with pytest.raises(ValueError, match=r"param_groups\[0\]: lr must be >= 0, got nan"):
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: lr must be finite, got nan"):
         opt.step(GRADS)
     assert opt.params["scale"] == 1.5
 

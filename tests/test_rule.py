@@ -287,8 +287,8 @@ def test_an_array_may_become_nonzero_so_it_gets_its_buffer():
     ("make", "message"),
     [
         (lambda: optim.adamw(lr=-1), "lr must be >= 0, got -1"),
-        (lambda: optim.adamw(lr=float("nan")), "lr must be >= 0, got nan"),
-        (lambda: optim.adamw(lr=float("inf")), "lr must be >= 0, got inf"),
+        (lambda: optim.adamw(lr=float("nan")), "lr must be finite, got nan"),
+        (lambda: optim.adamw(lr=float("inf")), "lr must be finite, got inf"),
         (lambda: optim.adamw(lr=jnp.array(-1.0)), "lr must be >= 0, got -1"),
         (lambda: optim.adamw(lr=jnp.ones(3)), r"lr must be a scalar, got shape \(3,\)"),
         (lambda: optim.adamw(betas=(0.9, 1.0)), r"betas\[1\] must be in \[0, 1\), got 1"),

@@ -293,3 +293,246 @@ def test_display():
     assert ax.lines[0].get_xdata()[-1] >= 10
     assert "<svg" in schedule._repr_html_()
     assert "sequential(" in schedule._repr_html_()
+
+
+SCHEDULES_OF_ALL_KINDS = [
+    schedules.constant(0.1),
+    schedules.polynomial(0.1, 0.01, 1000, power=0.5),
+    schedules.linear(0.0, 0.1, 18_773_260),
+    schedules.exponential(0.1, 1_000_000, 0.5),
+    schedules.exponential(0.1, 1_000_000, 0.5, staircase=True),
+    schedules.inverse_exponential_time_decay(0.1, 1, 1_000_000, 0.5),
+    schedules.inverse_exponential_time_decay(0.1, 2, 1_000_000, 0.5, staircase=True),
+    schedules.inverse_square_root_decay(0.5, 2.0, 10_000),
+    schedules.cosine_decay(0.1, 0.0, 10_000_019),
+    schedules.piecewise_constant([0.1, 0.05, 0.01], [5_000_000, 9_999_999]),
+    schedules.multi_step(0.1, 0.5, [5_000_000, 9_999_999]),
+    schedules.step(0.1, 3_333_333, 0.3),
+    schedules.cosine_annealing(0.1, 99_991, 0.001),
+    schedules.cosine_annealing_warm_restarts(0.1, 999_983),
+    schedules.cosine_annealing_warm_restarts(0.1, 7, 2, 0.01),
+    schedules.multiplicative(0.1, 0.9999999),
+    schedules.cyclic(0.01, 0.1, 99_991),
+    schedules.cyclic(0.01, 0.1, 3_000_017, 1_234_567, mode="triangular2"),
+    schedules.cyclic(0.01, 0.1, 99_991, mode="exp_range", gamma=0.9999999),
+    schedules.one_cycle(0.01, 0.1, 12_345_678),
+    schedules.one_cycle(0.01, 0.1, 12_345_678, three_phase=True, anneal_strategy="linear"),
+    schedules.chained([schedules.linear(0.1, 0.05, 10**7), schedules.exponential(0.1, 10**6, 0.9)]),
+    schedules.sequential(
+        [schedules.linear(0.0, 0.1, 10**6), schedules.cosine_decay(0.1, 0.01, 10**7)], [10**6]
+    ),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES_OF_ALL_KINDS, ids=lambda s: repr(s)[:60])
+def test_float32_on_device_against_float64_up_to_10_million(schedule):
+    steps = np.unique(
+        np.concatenate([np.arange(50), np.geomspace(50, 10**7, 400).astype(int), [10**7]])
+    )
+    exact = schedule(steps)
+    peak = np.abs(exact).max()
+    np.testing.assert_allclose(schedule(jnp.asarray(steps)), exact, rtol=0, atol=2e-6 * peak)
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(schedule))(jnp.asarray(steps)), exact, rtol=0, atol=2e-6 * peak
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES_OF_ALL_KINDS, ids=lambda s: repr(s)[:60])
+def test_every_schedule_is_an_optax_schedule_and_displays(schedule):
+    import optax
+
+    state = optax.scale_by_schedule(schedule).init({"w": jnp.zeros(1)})
+    updates, _ = optax.scale_by_schedule(schedule).update({"w": jnp.ones(1)}, state)
+    np.testing.assert_allclose(updates["w"], schedule(0), rtol=1e-6)
+    assert schedules.span(schedule) is None or schedules.span(schedule) > 0
+    assert hash(schedule) == hash(copy.deepcopy(schedule))
+    assert eval(repr(schedule), vars(schedules)) == schedule
+
+
+def test_warm_restarts_at_their_boundaries():
+    schedule = schedules.cosine_annealing_warm_restarts(1.0, 5, 3)
+    for start, length in ((0, 5), (5, 15), (20, 45), (65, 135)):
+        assert schedule(start) == 1.0
+        expected = 0.5 * (1 + np.cos(np.pi * (length - 1) / length))
+        np.testing.assert_allclose(schedule(start + length - 1), expected, rtol=1e-9)
+
+
+def test_lambdas():
+    default = lrs.LambdaLR(sgd(), 2.0)
+    np.testing.assert_allclose(default.schedule(15), 2.0 * 0.5 * 0.95**15)
+
+    class Own(lrs.LambdaLR):
+        def set_lr_lambda(self):
+            self.lambdas = [lambda t: 1 / (1 + t)]
+
+    opt = sgd()
+    own = Own(opt, 1.0)
+    own.step()
+    assert opt.param_groups[0]["lr"] == 0.5
+    given = lrs.LambdaLR(sgd(), 1.0, [lambda t: t, lambda t: t])
+    assert given.schedule(3) == 9.0
+
+
+def test_a_scale_function_of_ones_own():
+    class Own(lrs.CyclicLR):
+        def set_scale_fn(self):
+            return lambda cycle: 1.0 / cycle
+
+    own = Own(sgd(), 0.0, 1.0, step_size_up=2)
+    np.testing.assert_allclose(own.schedule(np.array([2, 6, 10])), [1.0, 1 / 2, 1 / 3])
+    by_step = schedules.cyclic(0.0, 1.0, 2, scale_mode="iterations", scale_fn=lambda t: 0.5**t)
+    np.testing.assert_allclose(by_step(np.array([2, 6])), [0.25, 0.5**6])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schedules.exponential(0.1, 0, 0.5), "total_iters must be > 0"),
+        (lambda: schedules.exponential(0.1, 5, -0.5), "decay_rate must be >= 0"),
+        (lambda: schedules.piecewise_constant([0.1], [5]), "learning_rates must be one more"),
+        (lambda: schedules.multi_step(0.1, 0.5, [5, 4]), "milestones must be increasing"),
+        (lambda: schedules.step(0.1, 0, 0.5), "step_size must be > 0"),
+        (lambda: schedules.cosine_annealing(0.1, -1), "T_max must be > 0"),
+        (lambda: schedules.cosine_annealing_warm_restarts(0.1, 2.5), "T_0 must be a whole number"),
+        (lambda: schedules.cosine_annealing_warm_restarts(0.1, 2, 0), "T_mult must be >= 1"),
+        (lambda: schedules.cyclic(0.0, 1.0, mode="zigzag"), "mode must be one of"),
+        (lambda: schedules.cyclic(0.0, 1.0, scale_mode="x"), "scale_mode must be one of"),
+        (lambda: schedules.one_cycle(0.1, 1.0, pct_start=2.0), "pct_start must be in"),
+        (lambda: schedules.one_cycle(0.1, 1.0, anneal_strategy="x"), "anneal_strategy must be one"),
+        (
+            lambda: schedules.chained([schedules.constant(1.0), schedules.linear(0.0, 1.0, 5)]),
+            r"schedules\[1\] must start above 0",
+        ),
+        (lambda: schedules.inverse_square_root_decay(warmup_steps=0), "warmup_steps must be > 0"),
+        (lambda: lrs.ChainedScheduler([]), "needs at least one scheduler"),
+    ],
+)
+def test_bad_arguments_of_the_family(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_compositions_nest_and_have_no_side_effects():
+    def make(opt):
+        inner = lrs.SequentialLR(
+            opt, [lrs.LinearLR(opt, 0.0, 1.0, 4), lrs.ConstantLR(opt, 1.0)], [4]
+        )
+        outer = lrs.SequentialLR(opt, [inner, lrs.ExponentialLR(opt, 1.0, 2, 0.5)], [8])
+        return lrs.ChainedScheduler([outer, lrs.CosineDecayLR(opt, 0.5, 0.25, 10)])
+
+    opt = sgd()
+    sched = make(opt)
+    first, *others = sched._schedulers
+    alone = [first.schedule(t) * others[0].schedule(t) / 0.5 for t in range(14)]
+    values = []
+    for _ in range(14):
+        values.append(opt.param_groups[0]["lr"])
+        sched.step()
+    np.testing.assert_allclose(values, alone, rtol=1e-12)
+    twin = make(sgd())
+    twin.load_state_dict(pickle.loads(pickle.dumps(sched.state_dict())))
+    assert twin.get_last_lr() == sched.get_last_lr()
+    traced = make(sgd())
+    advance = cjax.trace(lambda s: s.step())
+    for _ in range(14):
+        advance(traced)
+    np.testing.assert_allclose(traced.get_last_lr(), sched.get_last_lr(), rtol=1e-6)
+
+
+def test_weight_decay_twins_have_every_schedule():
+    from cerebras_jax.optim import weight_decay_scheduler as wds
+
+    of_lr = {c.schedule_type for c in vars(lrs).values() if hasattr(c, "schedule_type")}
+    of_wd = {c.schedule_type for c in vars(wds).values() if hasattr(c, "schedule_type")}
+    assert of_lr == of_wd
+    opt = optim.AdamW({"w": jnp.zeros(2)}, weight_decay=0.5)
+    warm = wds.LinearWD(opt, initial_val=0.0, end_val=0.1, total_iters=10)
+    seq = wds.SequentialWD(opt, [warm, wds.ConstantWD(opt, val=0.1)], [10])
+    for _ in range(5):
+        seq.step()
+    assert opt.param_groups[0]["weight_decay"] == pytest.approx(0.05)
+    assert warm.state_dict()["end_val"] == 0.1
+    with pytest.raises(ValueError, match=r"schedulers\[1\] writes 'lr', schedulers\[0\]"):
+        wds.SequentialWD(opt, [warm, lrs.ConstantLR(opt, 0.1)], [10])
+
+
+TORCH_TWINS = [
+    ("ExponentialLR", {"initial_learning_rate": 0.1, "total_iters": 1, "decay_rate": 0.9},
+     "ExponentialLR", {"gamma": 0.9}),
+    ("PolynomialLR", {"initial_learning_rate": 0.1, "end_learning_rate": 0.0, "total_iters": 12,
+                      "power": 2.0}, "PolynomialLR", {"total_iters": 12, "power": 2.0}),
+    ("LinearLR", {"initial_learning_rate": 0.05, "end_learning_rate": 0.1, "total_iters": 10},
+     "LinearLR", {"start_factor": 0.5, "total_iters": 10}),
+    ("MultiStepLR", {"initial_learning_rate": 0.1, "gamma": 0.5, "milestones": [3, 7]},
+     "MultiStepLR", {"milestones": [3, 7], "gamma": 0.5}),
+    ("StepLR", {"initial_learning_rate": 0.1, "step_size": 4, "gamma": 0.5},
+     "StepLR", {"step_size": 4, "gamma": 0.5}),
+    ("CosineAnnealingLR", {"initial_learning_rate": 0.1, "T_max": 7, "eta_min": 0.01},
+     "CosineAnnealingLR", {"T_max": 7, "eta_min": 0.01}),
+    ("CosineAnnealingWarmRestarts", {"initial_learning_rate": 0.1, "T_0": 3, "T_mult": 2},
+     "CosineAnnealingWarmRestarts", {"T_0": 3, "T_mult": 2}),
+    ("MultiplicativeLR", {"initial_learning_rate": 0.1, "coefficient": 0.9},
+     "MultiplicativeLR", {"lr_lambda": lambda t: 0.9}),
+    ("LambdaLR", {"initial_learning_rate": 0.1, "lambdas": [lambda t: 1 / (1 + t)]},
+     "LambdaLR", {"lr_lambda": lambda t: 1 / (1 + t)}),
+    ("CyclicLR", {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3, "step_size_down": 5,
+                  "mode": "exp_range", "gamma": 0.9},
+     "CyclicLR", {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3, "step_size_down": 5,
+                  "mode": "exp_range", "gamma": 0.9, "cycle_momentum": False}),
+    ("OneCycleLR", {"initial_learning_rate": 0.004, "max_lr": 0.1, "total_steps": 25},
+     "OneCycleLR", {"max_lr": 0.1, "total_steps": 25, "cycle_momentum": False}),
+    ("OneCycleLR", {"initial_learning_rate": 0.004, "max_lr": 0.1, "total_steps": 25,
+                    "three_phase": True, "anneal_strategy": "linear"},
+     "OneCycleLR", {"max_lr": 0.1, "total_steps": 25, "cycle_momentum": False,
+                    "three_phase": True, "anneal_strategy": "linear"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "twin", "theirs"),
+    TORCH_TWINS,
+    ids=[f"{t[0]}-{i}" for i, t in enumerate(TORCH_TWINS)],
+)
+def test_against_torch(name, ours, twin, theirs):
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    scheduler = getattr(torch.optim.lr_scheduler, twin)(optimizer, **theirs)
+    schedule = getattr(lrs, name)(sgd(), **ours).schedule
+    for t in range(24):
+        np.testing.assert_allclose(
+            schedule(t), optimizer.param_groups[0]["lr"], rtol=1e-6, atol=1e-12, err_msg=str(t)
+        )
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (schedules.linear(0.1, 0.0, 20), "linear_schedule(0.1, 0.0, 20)"),
+        (schedules.cosine_decay(0.1, 0.01, 20), "cosine_decay_schedule(0.1, 20, alpha=0.1)"),
+        (schedules.polynomial(0.1, 0.01, 20, 3.0), "polynomial_schedule(0.1, 0.01, 3.0, 20)"),
+        (schedules.exponential(0.1, 5, 0.5), "exponential_decay(0.1, 5, 0.5)"),
+        (
+            schedules.exponential(0.1, 5, 0.5, True),
+            "exponential_decay(0.1, 5, 0.5, staircase=True)",
+        ),
+        (
+            schedules.multi_step(0.1, 0.5, [5, 9]),
+            "piecewise_constant_schedule(0.1, {5: 0.5, 9: 0.5})",
+        ),
+        (
+            schedules.sequential(
+                [schedules.linear(0, 0.1, 5), schedules.cosine_decay(0.1, 0, 15)], [5]
+            ),
+            "warmup_cosine_decay_schedule(0.0, 0.1, 5, 20)",
+        ),
+    ],
+    ids=str,
+)
+def test_where_optax_agrees(ours, theirs):
+    import optax
+
+    expected = eval(theirs, vars(optax))
+    t = jnp.arange(30)
+    np.testing.assert_allclose(ours(t), jax.vmap(expected)(t), rtol=1e-5, atol=1e-8)

@@ -13,7 +13,7 @@ from flax import nnx
 from cerebras_jax.checks import check, is_number
 from cerebras_jax.optim import lr_scheduler
 from cerebras_jax.optim.lr_scheduler import LRScheduler
-from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.optimizer import Optimizer, RuleOptimizer
 from cerebras_jax.optim.param_groups import ParamGroups, matching
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.optim.sources import make_source
@@ -94,7 +94,8 @@ def _subclasses(base: type) -> list[type]:
     result = []
     for cls in base.__subclasses__():
         is_generated_base = vars(cls).keys() & {"pure", "schedule_type"}
-        if not inspect.isabstract(cls) and not is_generated_base:
+        is_shell = cls is RuleOptimizer
+        if not inspect.isabstract(cls) and not is_generated_base and not is_shell:
             result.append(cls)
         result += _subclasses(cls)
     return result
@@ -382,6 +383,8 @@ def _accepted(cls: type, values: Mapping[str, Any], skip: set[str]) -> dict[str,
 
 def _coerce(name: str, value: Any, parameter: inspect.Parameter) -> Any:
     """Strings as the numbers or flags they stand for, unless the argument is a string."""
+    if parameter.name == "param_group_tags":
+        return value
     if isinstance(value, list | tuple):
         return [_coerce(f"{name}[{i}]", v, parameter) for i, v in enumerate(value)]
     if not isinstance(value, str) or "str" in str(parameter.annotation):

@@ -10,13 +10,16 @@ from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, cast, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
-from cerebras_jax.checks import is_traced
+from cerebras_jax.checks import check, is_traced
+from cerebras_jax.interrupts import deferred_interrupts
 from cerebras_jax.optim.param_groups import ParamGroups, is_group_list
 from cerebras_jax.optim.sources import ModuleSource, Source, TreeSource, make_source
 from cerebras_jax.optim.state_dict import (
     check_group,
+    check_keys,
     load_array,
     match_parameters,
     plain_value,
@@ -83,6 +86,8 @@ class Optimizer(ABC):
         parameters, every other key a value that takes effect at the next step.
       defaults: the values of groups that do not set their own.
       state: per parameter name, the states by name.
+      max_gradient_norm: clip the gradients to this global norm before a step; None: do not.
+      max_gradient_value: clip every gradient element to this before a step; None: do not.
 
     Args:
       params: a pytree of arrays, an nnx.Module (updated in place), a list of dicts
@@ -109,6 +114,8 @@ class Optimizer(ABC):
     ):
         self.defaults = normalize(dict(defaults or {}))
         self.enable_global_step = bool(enable_global_step)
+        self.max_gradient_norm: float | None = None
+        self.max_gradient_value: float | None = None
         self.param_groups = []
         self._sources: list[Source] = []
         self._names: list[str] = []
@@ -174,6 +181,7 @@ class Optimizer(ABC):
                 raise ValueError(f"parameter {name!r} appears in more than one parameter group")
         new_groups = [normalize({**self.defaults, **group}) for group in groups]
         for group in new_groups:
+            check_keys(group, self.defaults)
             group["params"] = list(group["params"])
             self._check_group(group)
         prefix = f"{len(self._sources)}." if set(names) & set(self._names) else ""
@@ -235,6 +243,7 @@ class Optimizer(ABC):
     def _gradients(self, given: Any, has_aux: bool) -> tuple[Any, list[Any]]:
         value = None
         if _is_closure(given):
+            _check_closure(given)
             if len(self._sources) == 1 and not self._structured_as_list:
                 value, given = self._sources[0].value_and_grad(given, has_aux)
             elif self.modules():
@@ -407,7 +416,9 @@ class Optimizer(ABC):
         sources = tuple(
             s.treedef if isinstance(s, TreeSource) else tuple(s.names) for s in self._sources
         )
-        return (type(self), groups, sources, self.enable_global_step, self._structured_as_list)
+        flags = (self.enable_global_step, self._structured_as_list)
+        clipping = (self.max_gradient_norm, self.max_gradient_value)
+        return (type(self), groups, sources, flags, clipping)
 
     def _check_groups(self) -> None:
         """Hook: refuses group values edited since the last step, if they are out of range."""
@@ -470,17 +481,39 @@ class _Plan(NamedTuple):
     names: tuple[str, ...]
 
 
+class _Clipping(NamedTuple):
+    """Bounds of the gradients: of their global norm, and of every element."""
+
+    norm: Any
+    value: Any
+
+    def links(self) -> list[optax.GradientTransformation]:
+        links = []
+        if self.norm is not None:
+            links.append(optax.clip_by_global_norm(self.norm))
+        if self.value is not None:
+            links.append(optax.clip(self.value))
+        return links
+
+
 class _StepState(NamedTuple):
     states: list[list[Any]]  # per group, per parameter: the rule's NamedTuple
     clocks: list[GroupClock]  # per group
 
 
 def _apply(
-    plan: _Plan, state: _StepState, numbers: Sequence[tuple], grads: list, params: list
+    plan: _Plan,
+    state: _StepState,
+    numbers: Sequence[tuple],
+    clipping: _Clipping,
+    grads: list,
+    params: list,
 ) -> tuple[list[Array], _StepState]:
     """One step of all groups."""
     check_grads(grads, params, lambda: plan.names)
     grads = [None if g is None else jnp.asarray(g) for g in grads]
+    for clip in clipping.links():
+        grads = cast(list, clip.update(grads, clip.init(grads))[0])
     new_params = list(params)
     states, clocks = [], []
     for i, (static, members) in enumerate(zip(plan.statics, plan.members, strict=True)):
@@ -501,7 +534,7 @@ def _apply(
 
 
 _step = jax.jit(_apply, static_argnums=0, donate_argnums=1)
-_step_donating_params = jax.jit(_apply, static_argnums=0, donate_argnums=(1, 4))
+_step_donating_params = jax.jit(_apply, static_argnums=0, donate_argnums=(1, 5))
 
 
 class RuleOptimizer(Optimizer, Generic[P]):
@@ -552,7 +585,11 @@ class RuleOptimizer(Optimizer, Generic[P]):
         **kwargs: Any,
     ):
         signature = inspect.signature(self.pure.rule)
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            hint = "; the learning rate is called lr" if "learning_rate" in kwargs else ""
+            raise TypeError(f"{type(self).__name__}: {error}{hint}") from None
         bound.apply_defaults()
         self._state_dtype = state_dtype
         self._states: list[list[Any]] = []
@@ -617,6 +654,13 @@ class RuleOptimizer(Optimizer, Generic[P]):
         self._apply_gradients(grads, _step_donating_params if owned else _step)
         return value
 
+    def _clipping(self) -> _Clipping:
+        bounds = {"norm": self.max_gradient_norm, "value": self.max_gradient_value}
+        for name, bound in bounds.items():
+            if bound is not None:
+                check(f"max_gradient_{name}", bound, "> 0")
+        return _Clipping(*(None if b is None else as_argument(b) for b in bounds.values()))
+
     def _apply_gradients(self, grads: list[Any], step: Callable[..., Any]) -> None:
         params = self._values()
         _check_not_leaking(grads, [*params, *(c.count for c in self._clocks)])
@@ -631,9 +675,11 @@ class RuleOptimizer(Optimizer, Generic[P]):
         numbers = [tuple(as_argument(x) for x in numbers) for numbers, _ in split]
         self._own_state()
         check_grads(grads, params, lambda: self._names)
-        params, state = step(plan, _StepState(self._states, self._clocks), numbers, grads, params)
-        self._states, self._clocks = state
-        self._set_values(params)
+        state = _StepState(self._states, self._clocks)
+        with deferred_interrupts():
+            params, state = step(plan, state, numbers, self._clipping(), grads, params)
+            self._states, self._clocks = state
+            self._set_values(params)
 
     # --- hyper-parameters --------------------------------------------------------------------
 
@@ -846,6 +892,17 @@ def as_argument(x: Any) -> Any:
         return x
     dtype = jax.dtypes.canonicalize_dtype(float)
     return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
+
+
+def _check_closure(closure: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(closure).bind(None)
+    except ValueError:  # no signature to be had
+        return
+    except TypeError:
+        raise TypeError(
+            "the closure of step is a function of the parameters, e.g. lambda params: loss(params)"
+        ) from None
 
 
 def _readable(x: Any) -> Any:

@@ -35,6 +35,8 @@ def param_groups(params: Any, groups: Sequence[Mapping[str, Any]]) -> ParamGroup
     >>> param_groups(tree, [{"params": ["*bias"], "weight_decay": 0.0}])
     [{'params': ['dense.bias'], 'weight_decay': 0.0}, {'params': ['dense.kernel']}]
     """
+    if isinstance(groups, Mapping):
+        raise TypeError(f"groups must be a list of dicts, got one dict: {dict(groups)!r}")
     source = make_source(params)
     remaining = list(source.names)
     result: list[dict[str, Any]] = []

@@ -265,7 +265,13 @@ class ScheduleScheduler(Scheduler, Generic[P]):
         **kwargs: Any,
     ):
         shell = _shell_signature(type(self))
-        bound = shell.bind(optimizer, *args, param_group_tags=param_group_tags, **kwargs)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be an Optimizer, got {type(optimizer).__name__}")
+        try:
+            bound = shell.bind(optimizer, *args, param_group_tags=param_group_tags, **kwargs)
+        except TypeError as error:
+            names = [n for n in shell.parameters if n not in ("optimizer", "param_group_tags")]
+            raise TypeError(f"{type(self).__name__}: {error}; its arguments are {names}") from None
         back = {new: old for old, new in self.renamed.items()}
         values = {
             back.get(k, k): v

@@ -1,5 +1,7 @@
 """Reading state dicts, ours and other people's: matching, checking, converting."""
 
+import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from cerebras_jax.checks import is_traced
 # How torch executes a step; says nothing about what is computed.
 _EXECUTION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
 _BOOKKEEPING = {"params", "param_names"}
+_METADATA = {"name", "tag", "tags", "adjust_learning_rate", "no_weight_decay", "initial_lr"}
 
 
 class Match(NamedTuple):
@@ -26,6 +29,8 @@ def match_parameters(state_dict: Mapping[str, Any], ours: Sequence[Mapping[str, 
     Raises:
       ValueError: if the dict lacks a part, or groups or sizes differ.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"a state dict is a dict, got {type(state_dict).__name__}")
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"a state dict has the keys 'state' and 'param_groups', no {key!r}")
@@ -44,6 +49,12 @@ def match_parameters(state_dict: Mapping[str, Any], ours: Sequence[Mapping[str, 
         their_names = theirs.get("param_names")
         if their_names is not None and set(their_names) == set(names):
             names = list(their_names)
+        elif their_names is not None:
+            warnings.warn(
+                f"the state dict's param_names are not ours, so group {i} is matched by position: "
+                f"{list(their_names)[:3]} ... as {names[:3]} ...",
+                stacklevel=3,
+            )
         known |= set(numbers)
         entries |= {n: state[k] for n, k in zip(names, numbers, strict=True) if k in state}
     extra = sorted(set(state) - known)
@@ -71,6 +82,20 @@ def check_group(
             continue
         result[key] = plain_value(value)
     return result
+
+
+def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuses a key that looks like a misspelt hyper-parameter; others are the user's own.
+
+    Raises:
+      ValueError: names the key that was meant.
+    """
+    for key in set(group) - set(defaults) - _BOOKKEEPING - _METADATA:
+        meant = (
+            ["lr"] if key == "learning_rate" else difflib.get_close_matches(key, defaults, 1, 0.8)
+        )
+        if meant and meant[0] in defaults:
+            raise ValueError(f"a parameter group has no {key!r}; did you mean {meant[0]!r}?")
 
 
 def load_array(name: str, entry: Any, ours: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import click
 import yaml
 from rich.console import Console
 
-from cerebras_jax.recipe import load_recipe, read_config
+from cerebras_jax.recipe import Recipe, load_recipe, read_config
+from cerebras_jax.train import report
 from cerebras_jax.train.run import TrainSettings, train
 
 
@@ -18,6 +19,34 @@ from cerebras_jax.train.run import TrainSettings, train
 @click.version_option(package_name="cerebras_jax")
 def main() -> None:
     """Optimizers and learning-rate schedules for JAX."""
+
+
+@main.command("schedule")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Draw the curve into this PNG.")
+@click.option("--steps", type=click.IntRange(1), help="How many steps to show.")
+def schedule_command(config: Path, out: Path | None, steps: int | None) -> None:
+    """Print and draw the learning rate and weight decay of CONFIG.yaml."""
+    try:
+        recipe = _quiet_recipe(config)
+    except (ValueError, TypeError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    console = Console()
+    schedules = {key: recipe.schedule(key) for key in ("lr", "weight_decay") if recipe.has(key)}
+    console.print(report.schedule_table(schedules, steps, recipe.optimizer_class.__name__))
+    if out is not None:
+        report.draw_schedules(schedules, steps, out)
+        console.print(str(out), highlight=False, soft_wrap=True)
+
+
+def _quiet_recipe(source: Any) -> Recipe:
+    """The recipe, its warnings as lines on standard error."""
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        recipe = load_recipe(source)
+    for message in recipe.warnings:
+        click.echo(f"Warning: {message}", err=True)
+    return recipe
 
 
 @main.command("train")
@@ -46,8 +75,6 @@ def train_command(config: Path | None, data: Path | None, out: Path | None, **op
         result = train(recipe, settings, resolved, folder, data, console)
     except (ValueError, TypeError, OSError) as error:
         raise click.ClickException(str(error)) from None
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted before the first step") from None
     console.print(
         f"{'interrupted, ' if result.interrupted else ''}{result.steps} steps in "
         f"{result.seconds:.0f} s, {result.tokens_per_s:,.0f} tokens/s\n"
@@ -61,14 +88,13 @@ def train_command(config: Path | None, data: Path | None, out: Path | None, **op
 
 def _load(
     config: Path | None, options: dict[str, Any]
-) -> tuple[dict[str, Any], TrainSettings, Any]:
+) -> tuple[dict[str, Any], TrainSettings, Recipe]:
     default = importlib.resources.files("cerebras_jax.train") / "default.yaml"
     values = dict(yaml.safe_load(default.read_text()) if config is None else read_config(config))
     given = {k: v for k, v in options.items() if v is not None}
+    if config is None and "steps" in given:  # the embedded schedule spans the run
+        for entry in values["optimizer"]["learning_rate"]:
+            share = entry["total_iters"] / values["train"]["steps"]
+            entry["total_iters"] = max(1, round(share * given["steps"]))
     settings = TrainSettings.from_config({**(values.get("train") or {}), **given})
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        recipe = load_recipe(values)
-    for message in recipe.warnings:
-        click.echo(f"Warning: {message}", err=True)
-    return values, settings, recipe
+    return values, settings, _quiet_recipe(values)

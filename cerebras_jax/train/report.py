@@ -2,11 +2,15 @@
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cerebras_jax.schedules import span
 
 
 class Reporter:
@@ -58,8 +62,9 @@ class Reporter:
 
     def _time_left(self, values: dict[str, Any]) -> str:
         done = values["step"] + 1
-        left = values["seconds"] / done * (self.steps - done)
-        return f"  left {left:.0f} s" if "loss" in values and left > 0 else ""
+        if "loss" not in values or done in (1, self.steps):  # the first step compiles
+            return ""
+        return f"  left {values['seconds'] / done * (self.steps - done):.0f} s"
 
 
 def _format(name: str, value: Any) -> str:
@@ -98,4 +103,49 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.margins(x=0.01)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def milestones(schedule: Callable[[Any], Any], steps: int) -> list[int]:
+    """Steps worth a line: powers of ten, where schedules change, and the end."""
+    found = {0, 1, steps}
+    found |= {10**k for k in range(1, 10) if 10**k < steps}
+    found |= {round(steps * k / 10) for k in range(1, 10)}
+    start, inner = 0, schedule
+    while inner is not None:
+        changes = [start + int(m) for m in getattr(inner, "milestones", ())]
+        found |= {m + d for m in changes for d in (-1, 0)}
+        children = getattr(inner, "schedules", None)
+        start = changes[-1] if changes and children else start
+        inner = children[-1] if children else getattr(inner, "schedule", None)
+    return sorted(m for m in found if 0 <= m <= steps)
+
+
+def _length(schedules: Mapping[str, Any], steps: int | None) -> int:
+    return steps or max((span(s) or 0 for s in schedules.values()), default=0) or 1000
+
+
+def schedule_table(schedules: Mapping[str, Any], steps: int | None, title: str) -> Table:
+    """The values of schedules at their milestones."""
+    steps = _length(schedules, steps)
+    table = Table("step", *schedules, title=title)
+    for column in table.columns:
+        column.justify = "right"
+    for t in sorted({m for s in schedules.values() for m in milestones(s, steps)}):
+        table.add_row(f"{t:,}", *(f"{s(t):.6g}" for s in schedules.values()))
+    return table
+
+
+def draw_schedules(schedules: Mapping[str, Any], steps: int | None, path: Path) -> None:
+    """The curves of schedules, one below the other."""
+    from matplotlib.figure import Figure
+
+    steps = _length(schedules, steps)
+    figure = Figure(figsize=(8, 2.4 * len(schedules)), layout="constrained", dpi=120)
+    axes = figure.subplots(len(schedules), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (key, schedule) in zip(axes, schedules.items(), strict=True):
+        schedule.plot(steps, ax=ax)
+        ax.set(ylabel=key, xlabel="step" if ax is axes[-1] else "")
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

@@ -1,8 +1,9 @@
 """The training run itself: one compiled program per step."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from flax import nnx
 from rich.console import Console
 
+from cerebras_jax.interrupts import deferred_interrupts
 from cerebras_jax.recipe import Recipe
 from cerebras_jax.train import data, gpt, report
 
@@ -70,6 +72,49 @@ class Result:
     interrupted: bool
 
 
+class Program:
+    """The model and the compiled functions of a run."""
+
+    def __init__(self, recipe: Recipe, settings: TrainSettings):
+        model = gpt.GPT(
+            context=settings.context,
+            layers=settings.layers,
+            width=settings.width,
+            heads=settings.heads,
+            rngs=nnx.Rngs(settings.seed),
+        )
+        self.graphdef, self.params = nnx.split(model, nnx.Param)
+        self.tx = recipe.transformation(model)
+        self.state = self.tx.init(self.params)
+        self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
+        self._loss = jax.jit(self._loss_fn)
+
+    @property
+    def size(self) -> int:
+        return sum(p.size for p in jax.tree.leaves(self.params))
+
+    def _loss_fn(self, params: nnx.State, tokens: jax.Array) -> jax.Array:
+        return gpt.cross_entropy(nnx.merge(self.graphdef, params), tokens)
+
+    def _train_step(self, params: nnx.State, state: Any, tokens: jax.Array) -> Any:
+        loss, grads = jax.value_and_grad(self._loss_fn)(params, tokens)
+        updates, state = self.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    def step(self, tokens: np.ndarray) -> float:
+        """One training step; its loss."""
+        with deferred_interrupts():
+            self.params, self.state, loss = self._step(self.params, self.state, tokens)
+            return float(loss)
+
+    def loss(self, batches: list[np.ndarray]) -> float:
+        """The mean loss over batches."""
+        return float(np.mean([self._loss(self.params, tokens) for tokens in batches]))
+
+    def model(self) -> gpt.GPT:
+        return nnx.merge(self.graphdef, self.params)
+
+
 def train(
     recipe: Recipe,
     settings: TrainSettings,
@@ -85,100 +130,79 @@ def train(
         raise ValueError(f"the text must have at least {10 * window} bytes, got {len(text)}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-
-    model = gpt.GPT(
-        context=settings.context,
-        layers=settings.layers,
-        width=settings.width,
-        heads=settings.heads,
-        rngs=nnx.Rngs(settings.seed),
-    )
-    graphdef, params = nnx.split(model, nnx.Param)
-    tx = recipe.transformation(model)
-    state = tx.init(params)
-
-    def loss_fn(params: nnx.State, tokens: jax.Array) -> jax.Array:
-        return gpt.cross_entropy(nnx.merge(graphdef, params), tokens)
-
-    def train_step(params: nnx.State, state: Any, tokens: jax.Array) -> Any:
-        loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    compiled_step = jax.jit(train_step, donate_argnums=(0, 1))
-    compiled_loss = jax.jit(loss_fn)
-
-    def held_out_loss(params: nnx.State) -> float:
-        rng = np.random.default_rng(0)  # the same windows every time
-        batches = [
-            data.sample_batch(held_out, settings.batch_size, window, rng)
-            for _ in range(_EVAL_BATCHES)
-        ]
-        return float(np.mean([compiled_loss(params, tokens) for tokens in batches]))
-
-    size = sum(p.size for p in jax.tree.leaves(params))
+    rng = np.random.default_rng(0)
+    evaluation = [
+        data.sample_batch(held_out, settings.batch_size, window, rng) for _ in range(_EVAL_BATCHES)
+    ]
+    program = Program(recipe, settings)
+    name = recipe.optimizer_class.__name__
     console.print(
-        f"{source}; GPT with {size:,} parameters; {recipe.optimizer_class.__name__}; "
+        f"{source}; GPT with {program.size:,} parameters; {name}; "
         f"{settings.steps} steps of {settings.batch_size} x {settings.context} bytes",
         highlight=False,
         soft_wrap=True,
     )
-    lr = recipe.schedule()
-    rng = np.random.default_rng(settings.seed)
-    tokens_per_step = settings.batch_size * settings.context
     interrupted = False
-    completed = 0
     with report.Reporter(folder, settings.steps, console) as reporter:
-        start = loop_start = last = time.perf_counter()
         try:
-            reporter.record(True, step=0, held_out_loss=held_out_loss(params))
-            last = time.perf_counter()
-            for step in range(settings.steps):
-                tokens = data.sample_batch(text, settings.batch_size, window, rng)
-                params, state, loss = compiled_step(params, state, tokens)
-                value = float(loss)
-                if not np.isfinite(value):
-                    raise ValueError(
-                        f"the loss is {value} at step {step}, with the learning rate {lr(step):g}"
-                    )
-                now = time.perf_counter()
-                reporter.record(
-                    show=step % max(settings.steps // 20, 1) == 0 or step == settings.steps - 1,
-                    step=step,
-                    loss=value,
-                    lr=lr(step),
-                    tokens_per_s=tokens_per_step / (now - last),
-                )
-                completed = step + 1
-                if step == 0:
-                    loop_start = now  # from here on without compilation
-                last = now
-                if completed % settings.eval_every == 0 and completed < settings.steps:
-                    reporter.record(True, step=completed, held_out_loss=held_out_loss(params))
-                    last = time.perf_counter()
+            _loop(program, settings, text, evaluation, recipe.schedule(), reporter)
         except KeyboardInterrupt:
             interrupted = True
-            console.print(f"interrupted after {completed} steps")
-        if completed:
-            reporter.record(True, step=completed, held_out_loss=held_out_loss(params))
-    losses = [r["loss"] for r in reporter.records if "loss" in r]
-    if not losses:
-        raise KeyboardInterrupt
-    evaluated = [r["held_out_loss"] for r in reporter.records if "held_out_loss" in r]
-    report.draw(
-        reporter.records,
-        f"{recipe.optimizer_class.__name__}, {size:,} parameters, {source}",
-        folder / "training.png",
-    )
-    _print_sample(nnx.merge(graphdef, params), settings, folder, console)
+        # What was reached is kept, even if Ctrl-C comes again meanwhile.
+        with contextlib.suppress(KeyboardInterrupt), deferred_interrupts():
+            losses = [r["loss"] for r in reporter.records if "loss" in r]
+            if interrupted:
+                console.print(f"interrupted after {len(losses)} steps")
+            reporter.record(True, step=len(losses), held_out_loss=program.loss(evaluation))
+            title = f"{name}, {program.size:,} parameters, {source}"
+            report.draw(reporter.records, title, folder / "training.png")
+    with contextlib.suppress(KeyboardInterrupt), deferred_interrupts():
+        _print_sample(program.model(), settings, folder, console)
+    return _result(reporter.records, interrupted)
+
+
+def _loop(
+    program: Program,
+    settings: TrainSettings,
+    text: np.ndarray,
+    evaluation: list[np.ndarray],
+    lr: Callable[[int], float],
+    reporter: report.Reporter,
+) -> None:
+    rng = np.random.default_rng(settings.seed)
+    tokens_per_step = settings.batch_size * settings.context
+    for step in range(settings.steps):
+        if step % settings.eval_every == 0:
+            reporter.record(True, step=step, held_out_loss=program.loss(evaluation))
+        tokens = data.sample_batch(text, settings.batch_size, settings.context + 1, rng)
+        start = time.perf_counter()
+        loss = program.step(tokens)
+        if not np.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {step}, with the learning rate {lr(step):g}"
+            )
+        reporter.record(
+            show=step % max(settings.steps // 20, 1) == 0 or step == settings.steps - 1,
+            step=step,
+            loss=loss,
+            lr=lr(step),
+            tokens_per_s=tokens_per_step / (time.perf_counter() - start),
+        )
+
+
+def _result(records: list[dict[str, Any]], interrupted: bool) -> Result:
+    steps = [r for r in records if "loss" in r]
+    held_out = [r["held_out_loss"] for r in records if "held_out_loss" in r]
+    losses = [r["loss"] for r in steps] or [float("nan")]
+    speeds = [r["tokens_per_s"] for r in steps[1:]] or [0.0]  # the first step compiles
     return Result(
-        steps=len(losses),
+        steps=len(steps),
         first_loss=losses[0],
         last_loss=float(np.mean(losses[-10:])),
-        first_held_out_loss=evaluated[0],
-        last_held_out_loss=evaluated[-1],
-        seconds=time.perf_counter() - start,
-        tokens_per_s=tokens_per_step * (len(losses) - 1) / max(last - loop_start, 1e-9),
+        first_held_out_loss=held_out[0],
+        last_held_out_loss=held_out[-1],
+        seconds=records[-1]["seconds"],
+        tokens_per_s=float(np.median(speeds)),
         interrupted=interrupted,
     )
 

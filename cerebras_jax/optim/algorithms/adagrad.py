@@ -69,8 +69,8 @@ def adagrad(
     def update(g: Array, s: AdagradState, t: Array, p: Array) -> tuple[Array, AdagradState]:
         g = add_weight_decay(-g if maximize else g, weight_decay, p)
         total = s.sum + g * g
-        rate = lr / (1 + (t - 1) * lr_decay)
-        return -rate * g / (jnp.sqrt(total) + eps), AdagradState(total)
+        decay = 1 + (t - 1) * lr_decay
+        return -lr / decay * g / (jnp.sqrt(total) + eps), AdagradState(total)
 
     return Rule(init, update)
 
