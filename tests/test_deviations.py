@@ -403,7 +403,7 @@ DIFFERENT = {  # with the same numbers: sizes after 10 and after 1000 steps
         optim.adagrad(eps=1e-6),
         optax.adagrad(0.01, initial_accumulator_value=0.0, eps=1e-6),
         6.6e-4,
-        1e-6,
+        1.4e-4,
     ),
     "adagrad accumulator": (optim.adagrad(), optax.adagrad(0.01), 0.32, 0.06),
     "rmsprop eps": (optim.rmsprop(), optax.rmsprop(0.01, decay=0.99), 6.7e-4, 8.1e-5),
@@ -455,3 +455,49 @@ def test_optaxs_rprop_is_a_step_late():
     np.testing.assert_allclose(steps[0], -1e-3)
     np.testing.assert_allclose(late[0], 0)
     np.testing.assert_allclose(late[1], steps[0])
+
+
+# --- schedules of optax that have another name here -----------------------------------------------
+
+SCHEDULES = {
+    "linear": (schedules.linear(0.0, 0.1, 10), optax.linear_schedule(0.0, 0.1, 10)),
+    "cosine": (
+        schedules.cosine_decay(0.1, 0.01, 20),
+        optax.cosine_decay_schedule(0.1, 20, alpha=0.1),
+    ),
+    "polynomial": (
+        schedules.polynomial(0.1, 0.01, 20, power=2.0),
+        optax.polynomial_schedule(0.1, 0.01, 2.0, 20),
+    ),
+    "exponential": (
+        schedules.exponential(0.1, 10, 0.5),
+        optax.exponential_decay(0.1, 10, 0.5),
+    ),
+    "staircase": (
+        schedules.exponential(0.1, 10, 0.5, staircase=True),
+        optax.exponential_decay(0.1, 10, 0.5, staircase=True),
+    ),
+    "multi_step": (
+        schedules.multi_step(0.1, 0.5, [5, 12]),
+        optax.piecewise_constant_schedule(0.1, {5: 0.5, 12: 0.5}),
+    ),
+    "warmup_cosine": (
+        schedules.sequential(
+            [schedules.linear(0.0, 0.1, 5), schedules.cosine_decay(0.1, 0.01, 15)], [5]
+        ),
+        optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, 20, 0.01),
+    ),
+    "join": (
+        schedules.sequential([schedules.constant(0.1), schedules.linear(0.1, 0.0, 9)], [4]),
+        optax.join_schedules(
+            [optax.constant_schedule(0.1), optax.linear_schedule(0.1, 0.0, 9)], [4]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_optax_schedules_under_our_names(name):
+    ours, theirs = SCHEDULES[name]
+    expected = [float(theirs(t)) for t in range(25)]
+    np.testing.assert_allclose(ours(np.arange(25)), expected, atol=1e-7)
