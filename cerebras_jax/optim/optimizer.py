@@ -472,13 +472,32 @@ class Optimizer(ABC):
         )
 
 
-class _Plan(NamedTuple):
-    """What of a step is static: per group the factory, the flags, and which leaves it has."""
+class _Plan:
+    """What of a step is static; its hash is worked out once.
 
-    factory: Callable[..., Rule]
-    statics: tuple
-    members: tuple[tuple[int, ...], ...]
-    names: tuple[str, ...]
+    Attributes:
+      factory: the factory of the rule.
+      statics: per group, the flags and the places of the numbers.
+      members: per group, the positions of its parameters.
+      names: of all parameters, for errors.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[..., Rule],
+        statics: tuple,
+        members: tuple[tuple[int, ...], ...],
+        names: tuple[str, ...],
+    ):
+        self.factory, self.statics, self.members, self.names = factory, statics, members, names
+        self.key = (factory, statics, members, names)
+        self.hash = hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Plan) and self.key == other.key)
+
+    def __hash__(self) -> int:
+        return self.hash
 
 
 class _Clipping(NamedTuple):
@@ -595,6 +614,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
         self._states: list[list[Any]] = []
         self._clocks: list[GroupClock] = []
         self._checked: list[dict[str, Any]] = []
+        self._last_plan: _Plan | None = None
         super().__init__(
             params,
             bound.arguments,
@@ -609,6 +629,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
         """Allocates every state; nothing is allocated in a step."""
         values = dict(zip(self._names, self._values(), strict=True))
         self._states, self._clocks, self._checked = [], [], []
+        self._last_plan = None
         for group in self.param_groups:
             hyper = self._hyper(group)
             params = [values[name] for name in group["params"]]
@@ -663,23 +684,41 @@ class RuleOptimizer(Optimizer, Generic[P]):
 
     def _apply_gradients(self, grads: list[Any], step: Callable[..., Any]) -> None:
         params = self._values()
-        _check_not_leaking(grads, [*params, *(c.count for c in self._clocks)])
+        self._check_not_leaking(grads, params)
         split = [partition(hyper) for hyper in self._checked_hyper()]
-        position = {name: i for i, name in enumerate(self._names)}
-        plan = _Plan(
-            self.pure.rule,
-            tuple(static for _, static in split),
-            tuple(tuple(position[n] for n in g["params"]) for g in self.param_groups),
-            tuple(self._names),
-        )
+        plan = self._plan(tuple(static for _, static in split))
         numbers = [tuple(as_argument(x) for x in numbers) for numbers, _ in split]
         self._own_state()
-        check_grads(grads, params, lambda: self._names)
         state = _StepState(self._states, self._clocks)
         with deferred_interrupts():
-            params, state = step(plan, state, numbers, self._clipping(), grads, params)
+            try:
+                params, state = step(plan, state, numbers, self._clipping(), grads, params)
+            except TypeError:  # what JAX says of a gradient that is no array
+                check_grads(grads, params, lambda: self._names)
+                raise
             self._states, self._clocks = state
             self._set_values(params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last_plan": None}  # PyTreeDefs in it cannot be pickled
+
+    def _plan(self, statics: tuple) -> "_Plan":
+        """The plan of a step; the same object as long as nothing static changes."""
+        if self._last_plan is None or self._last_plan.statics != statics:
+            position = {name: i for i, name in enumerate(self._names)}
+            members = [tuple(position[n] for n in g["params"]) for g in self.param_groups]
+            self._last_plan = _Plan(self.pure.rule, statics, tuple(members), tuple(self._names))
+        return self._last_plan
+
+    def _check_not_leaking(self, grads: Sequence[Any], params: Sequence[Any]) -> None:
+        """A traced step of an optimizer from outside the trace would leave tracers in it."""
+        if not any(is_traced(g) for g in grads[:1]):
+            return
+        if not any(is_traced(x) for x in [*params, *(c.count for c in self._clocks)]):
+            raise RuntimeError(
+                "step was called in a traced function on an optimizer from outside it; make the "
+                "optimizer an argument of a function decorated with cerebras_jax.trace"
+            )
 
     # --- hyper-parameters --------------------------------------------------------------------
 
@@ -891,7 +930,14 @@ def as_argument(x: Any) -> Any:
     if is_traced(x):
         return x
     dtype = jax.dtypes.canonicalize_dtype(float)
-    return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
+    return x.astype(dtype) if isinstance(x, jax.Array) else _on_device(float(x), dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_device(x: float, dtype: Any) -> Array:
+    """A constant as an array; learning rates change, most other numbers come again."""
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(x, dtype)
 
 
 def _check_closure(closure: Callable[..., Any]) -> None:
@@ -913,15 +959,6 @@ def _readable(x: Any) -> Any:
 def _saturating_int32(steps: Array) -> Array:
     limit = np.iinfo(np.int32).max
     return jnp.where(steps >= limit, limit, steps.astype(jnp.int32))
-
-
-def _check_not_leaking(grads: Sequence[Any], own: Sequence[Any]) -> None:
-    """A traced step of an optimizer from outside the trace would leave tracers in it."""
-    if any(is_traced(g) for g in grads[:1]) and not any(is_traced(x) for x in own):
-        raise RuntimeError(
-            "step was called in a traced function on an optimizer from outside it; make the "
-            "optimizer an argument of a function decorated with cerebras_jax.trace"
-        )
 
 
 def _shell_signature(cls: type[RuleOptimizer]) -> inspect.Signature:
@@ -968,6 +1005,7 @@ def _flatten(opt: Optimizer) -> tuple[tuple, _Static]:
         "_states": [],
         "_clocks": [],
         "_checked": [],
+        "_last_plan": None,
         "param_groups": [
             {**g, **combine([0.0] * len(n), partition(_group_values(g))[1])}
             for g, n in zip(opt.param_groups, dynamic["numbers"], strict=True)
