@@ -16,9 +16,10 @@ Two forms use it:
   parameter, kept as one vector per group.
 """
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, overload
 
 import jax
@@ -577,16 +578,39 @@ def _checked_overrides(
 # --- the stateful form: lists of leaves, a clock for every parameter ------------------------------
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Cohorts:
+    """Which parameters of a group have clocks that are known to be equal: the same number.
+
+    Static, so that a program reads one clock for all of them: their kernels are then alike, and
+    XLA compiles each kind once.
+    """
+
+    of: tuple[int, ...]
+
+    def split(self, present: Sequence[bool]) -> "Cohorts":
+        """The cohorts after a step that only the present parameters have taken."""
+        return Cohorts.by(zip(self.of, present, strict=True))
+
+    @staticmethod
+    def by(keys: Iterable[Any]) -> "Cohorts":
+        """One cohort for each different key."""
+        numbers: dict[Any, int] = {}
+        return Cohorts(tuple(numbers.setdefault(key, len(numbers)) for key in keys))
+
+
 class GroupClock(NamedTuple):
     """Clocks of one parameter group, one entry per parameter.
 
     Parameters that miss a step (a None gradient) or come from a checkpoint have clocks of their
-    own. As vectors they cost one buffer per scalar, not one per scalar and parameter, and their
-    structure never changes.
+    own. As vectors they cost one buffer per scalar, not one per scalar and parameter, and the
+    arrays never change their structure.
     """
 
     count: Array
     clock: Any
+    cohorts: Cohorts
 
 
 def init_group(
@@ -601,7 +625,7 @@ def init_group(
     n = len(params)
     clock = jax.tree.map(lambda x: jnp.full((n,), as_number(x)), rule.clock)
     states = [_init_leaf(rule, state_dtype, p) for p in params]
-    return states, GroupClock(jnp.zeros((n,), jnp.int32), clock)
+    return states, GroupClock(jnp.zeros((n,), jnp.int32), clock, Cohorts((0,) * n))
 
 
 def update_group(
@@ -617,15 +641,14 @@ def update_group(
 
     A None gradient leaves its parameter, its states and its clock alone.
     """
-    n = len(params)
     schedules = [x for x in static[1] if callable(x)]
 
     def tick(count: Array, clock: Any) -> Any:
         hyper = at_step(combine(numbers, static), count)
         now, new = _tick(factory, hyper, count, clock)
-        return [as_number(x(count)) for x in schedules], now, new
+        return ([as_number(x(count)) for x in schedules], now), new
 
-    scheduled, now, ticked = jax.vmap(tick)(clock.count, clock.clock)
+    now, ticked = jax.vmap(tick)(clock.count, clock.clock)
     step_static = (static[0], tuple(NUMBER if callable(x) else x for x in static[1]))
     count = saturating_increment(clock.count)
     present = np.array([g is not None for g in grads], bool)
@@ -634,13 +657,18 @@ def update_group(
         ticked = jax.tree.map(lambda a, b: jnp.where(present, a, b), ticked, clock.clock)
 
     new_params, new_states = list(params), list(states)
-    nows, values = _unstack(now, n), _unstack(scheduled, n)
+    of_cohort: dict[int, Any] = {}
     for i, (g, s, p) in enumerate(zip(grads, states, params, strict=True)):
         if g is not None:
-            own = _merge_numbers(static[1], numbers, values[i])
-            u, new_states[i] = _update_leaf(factory, step_static, own, nows[i], g, s, p)
+            cohort = clock.cohorts.of[i]
+            if cohort not in of_cohort:
+                of_cohort[cohort] = jax.tree.map(lambda x, i=i: x[i], now)
+            scheduled, own_now = of_cohort[cohort]
+            own = _merge_numbers(static[1], numbers, scheduled)
+            u, new_states[i] = _update_leaf(factory, step_static, own, own_now, g, s, p)
             new_params[i] = p + u
-    return new_params, GroupClock(count, ticked), new_states
+    cohorts = clock.cohorts.split(present.tolist())
+    return new_params, GroupClock(count, ticked, cohorts), new_states
 
 
 def _merge_numbers(leaves: tuple, numbers: Sequence[Any], scheduled: Sequence[Any]) -> tuple:
@@ -651,12 +679,3 @@ def _merge_numbers(leaves: tuple, numbers: Sequence[Any], scheduled: Sequence[An
         for x in leaves
         if x is NUMBER or callable(x)
     )
-
-
-def _unstack(tree: Any, n: int) -> list[Any]:
-    """One tree of vectors -> a list of n trees of scalars."""
-    leaves, treedef = jax.tree.flatten(tree)
-    columns = [
-        [x.reshape(()) for x in jax.lax.split(leaf, (1,) * n)] if n else [] for leaf in leaves
-    ]
-    return [treedef.unflatten([column[i] for column in columns]) for i in range(n)]

@@ -26,6 +26,7 @@ from cerebras_jax.optim.state_dict import (
     to_torch,
 )
 from cerebras_jax.rule import (
+    Cohorts,
     GroupClock,
     PureOptimizer,
     Rule,
@@ -800,7 +801,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
                 type(s)(*(e.get(k) for k in s._fields))
                 for s, e in zip(self._states[g], mine, strict=True)
             ]
-            count, clock = self._clocks[g]
+            count, clock, _ = self._clocks[g]
             if not mine:
                 continue
             if "step" in mine[0]:
@@ -811,7 +812,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
             }
             if columns:
                 clock = type(clock)(**columns)
-            self._clocks[g] = GroupClock(count, clock)
+            self._clocks[g] = GroupClock(count, clock, _cohorts_of(count, clock))
         self._state_shared = True
 
     def _increment(self, index: int) -> Array:
@@ -819,9 +820,10 @@ class RuleOptimizer(Optimizer, Generic[P]):
         for g, group in enumerate(self.param_groups):
             if name in group["params"]:
                 i = group["params"].index(name)
-                count, clock = self._clocks[g]
+                count, clock, cohorts = self._clocks[g]
                 count = count.at[i].set(saturating_increment(count[i]))
-                self._clocks[g] = GroupClock(count, clock)
+                alone = cohorts.split([j != i for j in range(len(cohorts.of))])
+                self._clocks[g] = GroupClock(count, clock, alone)
                 return count[i]
         raise KeyError(f"no parameter is called {name!r}")
 
@@ -912,6 +914,14 @@ def _steps_of_powers(entry: Mapping[str, Any], group: Mapping[str, Any]) -> floa
 
 def _group_values(group: Mapping[str, Any]) -> dict[str, Any]:
     return normalize({k: v for k, v in group.items() if k != "params"})
+
+
+def _cohorts_of(count: Array, clock: Any) -> Cohorts:
+    """Parameters whose clocks hold the same values; none, where the values are not known."""
+    scalars = [count, *jax.tree.leaves(clock)]
+    if any(is_traced(x) for x in scalars):
+        return Cohorts(tuple(range(len(count))))
+    return Cohorts.by(zip(*(np.asarray(x).tolist() for x in scalars), strict=True))
 
 
 def _is_traced(tree: Any) -> bool:
