@@ -33,9 +33,9 @@ _INT32_MAX = np.iinfo(np.int32).max
 
 
 class Schedule:
-    """Base class. A schedule of one's own defines fields and ``value``:
+    """Base class. A schedule of one's own is a frozen dataclass that defines ``value``:
 
-    >>> @_schedule
+    >>> @dataclasses.dataclass(frozen=True)
     ... class halving(Schedule):
     ...     initial: float
     ...     def value(self, t, xp):

@@ -338,9 +338,9 @@ class Optimizer(ABC):
         """State and groups in torch's layout.
 
         Returns:
-          ``{"state": {0: {"exp_avg": ...}, ...}, "param_groups": [{"lr": ..., "params": [0,
-          ...], "param_names": ["dense.bias", ...]}, ...]}``; parameters are numbered in the
-          order of the groups.
+          a dict like ``{"state": {0: {"exp_avg": ...}, ...}, "param_groups": [{"lr": ...,
+          "params": [0, ...], "param_names": ["dense.bias", ...]}, ...]}``; parameters are
+          numbered in the order of the groups.
         """
         self._state_shared = True
         order = [name for group in self.param_groups for name in group["params"]]

@@ -35,8 +35,7 @@ def adadelta(
         a &\leftarrow \rho a + (1 - \rho) \delta^2 \\
         p &\leftarrow p - \gamma \delta
 
-    As in torch.optim.Adadelta. optax.adadelta is the same without weight decay; its weight decay
-    comes after the scaling.
+    As in torch.optim.Adadelta and optax.adadelta.
 
     Args:
       lr: factor of the step :math:`\gamma` >= 0.

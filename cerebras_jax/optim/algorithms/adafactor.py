@@ -50,8 +50,9 @@ def adafactor(
     relative_step, :math:`\gamma = \min(10^{-2}, 1/\sqrt t)`, or
     :math:`\min(10^{-6} t, 1/\sqrt t)` with warmup_init.
 
-    torch.optim.Adafactor scales lr by :math:`1/\sqrt t` always and clamps instead of adding
-    eps; optax.adafactor factors only large matrices and multiplies in another order.
+    torch.optim.Adafactor takes :math:`\min(\gamma, 1/\sqrt t)` for the rate, does not scale
+    weight decay by RMS(p), and clamps where eps is added here. optax.adafactor factors only
+    matrices of at least 128 x 128 by default, and does not multiply weight decay by the rate.
 
     Args:
       lr: learning rate :math:`\gamma` >= 0; None with relative_step.

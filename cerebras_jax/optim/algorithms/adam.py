@@ -30,7 +30,8 @@ def adam(
 
     Weight decay is an L2 penalty, as in torch.optim.Adam; see `adamw` for decoupled decay.
     torch.optim.Adam and optax.adam add :math:`\epsilon` after the bias correction of v; here it
-    is added before, as Cerebras does. Their default eps is 1e-8.
+    is added before, as Cerebras does. Their default eps is 1e-8. optax.amsgrad takes the maximum
+    of the bias-corrected v.
 
     Args:
       lr: learning rate :math:`\gamma` >= 0.

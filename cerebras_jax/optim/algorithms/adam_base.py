@@ -46,7 +46,7 @@ def adam_base(
 
     With amsgrad the denominator has the running maximum of v. Without correct_bias the second
     factor of u is 1. :math:`\epsilon` is added before the bias correction; torch and optax add
-    it after, which makes theirs :math:`\sqrt{1 - \beta_2^t}` times smaller in this notation.
+    it after: ours corresponds to theirs times :math:`\sqrt{1 - \beta_2^t}`.
 
     Args:
       lr: learning rate :math:`\gamma` >= 0.

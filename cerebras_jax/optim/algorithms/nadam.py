@@ -49,7 +49,7 @@ def nadam(
             \sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     As in torch.optim.NAdam. The original multiplies by :math:`\mu_t` once too often in the first
-    denominator. optax.nadam has no momentum decay.
+    denominator. optax.nadam has no momentum decay: it is the limit of a large one.
 
     Args:
       lr: learning rate :math:`\gamma` >= 0.

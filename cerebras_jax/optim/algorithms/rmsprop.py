@@ -38,8 +38,8 @@ def rmsprop(
         b &\leftarrow \mu b + g / a \\
         p &\leftarrow p - \gamma b
 
-    Without momentum, b is g / a. As in torch.optim.RMSprop. optax.rmsprop puts eps under the root
-    and applies the learning rate before the momentum.
+    Without momentum, b is g / a. As in torch.optim.RMSprop. optax.rmsprop puts eps under the
+    root, applies the learning rate before the momentum, and has a default decay rate of 0.9.
 
     Args:
       lr: learning rate :math:`\gamma` >= 0.

@@ -34,8 +34,8 @@ def rprop(
         p &\leftarrow p - \operatorname{sign}(g) \, s, \quad g_{prev} \leftarrow g
 
     ``lr`` only seeds the step sizes: a schedule, or a new value later, has no effect. Meant for
-    full batches. As in torch.optim.Rprop; optax.rprop also leaves prev unset where the sign
-    changed, but it does so one step earlier.
+    full batches. As in torch.optim.Rprop; optax.rprop applies each change of a step size one
+    call later.
 
     Args:
       lr: the step size before the first step, >= 0.
