@@ -1,4 +1,4 @@
-"""The notebooks as they are committed: executed, with pictures, and nothing in them that should not be.
+"""The notebooks as they are committed: executed, with pictures, and tidy.
 
 Executing them anew is ``pytest --nbmake notebooks``.
 """
@@ -26,9 +26,7 @@ def test_there_are_six():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_executed_from_top_to_bottom(path):
-    assert [cell["execution_count"] for cell in cells(path)] == list(
-        range(1, len(cells(path)) + 1)
-    )
+    assert [cell["execution_count"] for cell in cells(path)] == list(range(1, len(cells(path)) + 1))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

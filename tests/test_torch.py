@@ -256,6 +256,20 @@ def test_by_position_where_names_differ():
     np.testing.assert_allclose(opt.state["kernel"]["exp_avg"], 0.1, rtol=1e-6)
 
 
+def test_states_go_back_in_torchs_order():
+    """A Linear has weight before bias; a dict of its parameters is sorted the other way."""
+    net = torch.nn.Linear(4, 4)
+    params = {n: jnp.asarray(p.detach().numpy()) for n, p in net.named_parameters()}
+    opt = optim.SGD(params, lr=0.1, momentum=0.9)
+    opt.step({"weight": jnp.ones((4, 4)), "bias": jnp.full(4, 2.0)})
+    theirs = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    theirs.load_state_dict(opt.torch_state_dict([n for n, _ in net.named_parameters()]))
+    assert theirs.state[net.weight]["momentum_buffer"].shape == (4, 4)
+    assert theirs.state[net.bias]["momentum_buffer"].tolist() == [2.0] * 4
+    with pytest.raises(ValueError, match=r"param_names must be \['bias', 'weight'\], got"):
+        opt.torch_state_dict(["weight"])
+
+
 def test_bfloat16_tensors():
     w = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
     theirs = torch.optim.SGD([w], lr=0.1, momentum=0.9)

@@ -843,34 +843,45 @@ class RuleOptimizer(Optimizer, Generic[P]):
         """Hook: the inverse of `import_state`, for torch.optim, on NumPy arrays."""
         return entry
 
-    def torch_state_dict(self) -> dict[str, Any]:
+    def torch_state_dict(self, param_names: Sequence[str] | None = None) -> dict[str, Any]:
         """The state dict for torch.optim's optimizer of the same name, with torch tensors.
 
-        ``torch_optimizer.load_state_dict(opt.torch_state_dict())`` continues the run there,
-        provided that its parameters come in the same order and hold the same values.
+        ``torch_optimizer.load_state_dict(opt.torch_state_dict(names))`` continues the run there,
+        if its parameters hold the same values.
+
+        Args:
+          param_names: our names in the order in which torch has its parameters, to which it
+            assigns states by position; by default our own order, which for dicts is sorted.
 
         Raises:
           ImportError: if torch is not installed.
+          ValueError: if ``param_names`` are not the names of all parameters.
         """
-        ours = self.state_dict()
-        counted = dict(zip(self._names, self._full_entries(), strict=True))
-        names = [name for group in self.param_groups for name in group["params"]]
-        group_of = {name: group for group in self.param_groups for name in group["params"]}
-        state = {}
-        for number, name in enumerate(names):
-            entry = counted[name]
-            step = entry.pop("step") or _steps_of_powers(entry, group_of[name])
-            arrays = {k: v for k, v in entry.items() if not k.endswith("_power")}
-            theirs = dict(self.export_state(arrays))
-            if self.torch_counts_steps:
-                theirs["step"] = np.float32(step)
-            state[number] = {k: to_torch(v) for k, v in theirs.items()}
+        place = {n: i for i, n in enumerate(self._names if param_names is None else param_names)}
+        if sorted(place) != sorted(self._names):
+            raise ValueError(f"param_names must be {sorted(self._names)}, got {sorted(place)}")
+        entries = dict(zip(self._names, self._full_entries(), strict=True))
         back = {ours: theirs for theirs, ours in self.torch_names.items()}
-        groups = [
-            {**{back.get(k, k): v for k, v in group.items()}, **self.torch_flags}
-            for group in ours["param_groups"]
-        ]
+        state, groups = {}, []
+        for group in self.param_groups:
+            names = sorted(group["params"], key=place.__getitem__)
+            numbers = range(len(state), len(state) + len(names))
+            values = {back.get(k, k): plain_value(v) for k, v in group.items()}
+            groups.append(
+                {**values, **self.torch_flags, "params": [*numbers], "param_names": names}
+            )
+            for number, name in zip(numbers, names, strict=True):
+                state[number] = self._torch_entry(entries[name], group)
+        self._state_shared = True
         return {"state": state, "param_groups": groups}
+
+    def _torch_entry(self, entry: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+        step = entry["step"] or _steps_of_powers(entry, group)
+        ours = {k: v for k, v in entry.items() if k != "step" and not k.endswith("_power")}
+        theirs = dict(self.export_state(ours))
+        if self.torch_counts_steps:
+            theirs["step"] = np.float32(step)
+        return {k: to_torch(v) for k, v in theirs.items()}
 
     def _import_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
         renamed = {self.torch_names.get(k, k): v for k, v in group.items()}

@@ -1,0 +1,1 @@
+"""Speed and memory of cerebras_jax beside optax, flax and torch: ``python -m benchmarks``."""

@@ -1,0 +1,98 @@
+"""Tables for the terminal, and a chart."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cases import PEERS, Row
+
+
+def _ratio(value: dict[str, float]) -> str:
+    return f"{value['median']:.2f} ({value['q1']:.2f}-{value['q3']:.2f})"
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Prints the rows of one case on one tree as a table."""
+    if not rows:
+        return
+    first = rows[0]
+    title = f"{first['case']}, {first['optimizer']}, {first['tree']}"
+    if first["case"] == "memory":
+        _show_memory(rows, title, console)
+        return
+    peers = [p for p in PEERS if any(p in row["ratio"] for row in rows)]
+    has_fraction = any("fraction_of_triad" in row for row in rows)
+    table = Table(title=title, title_justify="left")
+    table.add_column("contender")
+    table.add_column("median", justify="right")
+    for peer in peers:
+        table.add_column(f"/ {peer}", justify="right")
+    if has_fraction:
+        table.add_column("of triad", justify="right")
+    for row in rows:
+        cells = [_ratio(row["ratio"][p]) if p in row["ratio"] else "" for p in peers]
+        if has_fraction:
+            fraction = row.get("fraction_of_triad")
+            cells.append("" if fraction is None else f"{fraction:.0%}")
+        table.add_row(row["contender"], _seconds(row["median_s"]), *cells)
+    console.print(table)
+
+
+def _show_memory(rows: Sequence[Row], title: str, console: Console) -> None:
+    table = Table(title=f"{title}: bytes per parameter above parameters, state, gradients")
+    for name in ("contender", "first step", "later steps", "of the total"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["contender"],
+            f"{row['first_step_extra_bytes_per_parameter']:.2f}",
+            f"{row['extra_bytes_per_parameter']:.2f}",
+            f"{row['extra_fraction']:.1%}",
+        )
+    console.print(table)
+
+
+def draw(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
+    """A chart of the pure update on the largest leaf: its time as a multiple of each peer's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    peers = {"optax": "tab:blue", "torch": "tab:orange", "torch fused": "tab:red"}
+    updates = [r for r in rows if r["case"] == "update" and r["contender"] == "pure"]
+    trees = list(dict.fromkeys(r["tree"] for r in updates))
+    tree = trees[0] if trees else ""
+    chosen = [r for r in updates if r["tree"] == tree]
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.5 * len(chosen)), layout="constrained")
+    height = 0.8 / len(peers)
+    for k, (peer, color) in enumerate(peers.items()):
+        for y, row in enumerate(chosen):
+            value = row["ratio"].get(peer)
+            if value is not None:
+                error = [[value["median"] - value["q1"]], [value["q3"] - value["median"]]]
+                axes.barh(
+                    y + (k - 1) * height,
+                    value["median"],
+                    height,
+                    xerr=error,
+                    color=color,
+                    label=f"of {peer}",
+                )
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(chosen)), [r["optimizer"] for r in chosen])
+    axes.invert_yaxis()
+    axes.set_xlabel("time of one update as a multiple of the peer's (shorter is faster)")
+    axes.set_title(f"{tree} parameters, float32; {header['machine']}", fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), loc="best")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
