@@ -28,7 +28,7 @@ def _jobs(
     for tree in tree_names if "update" in chosen else ():
         for name in names:
             if full or name == "adamw" or tree in _QUICK_TREES:
-                every = name in _EVERY_FORM[full] and (full or tree != "1000 leaves")
+                every = name in _EVERY_FORM[full] and (full or tree in _QUICK_TREES)
                 yield (
                     f"update, {name}, {tree}",
                     lambda t=tree, n=name, e=every: cases.update(t, n, scale, budget, e),
@@ -38,20 +38,20 @@ def _jobs(
     if "dispatch" in chosen:
         for n in (100, 148, 300, 1000, 3000) if full else (148, 300, 1000):
             n = max(4, round(n * min(1.0, scale) ** 0.5))
-            yield f"dispatch, {n} leaves", lambda n=n: cases.dispatch(n, budget)
+            yield f"dispatch, {n} leaves", lambda n=n: cases.dispatch(n, budget, full)
     if "compile" in chosen:
         for n in (100, 300, 1000, 3000) if full else (300, 1000):
-            rounds = 3 if full else (3 if n < 1000 else 1)
+            rounds = 3 if full or n < 1000 else 1
             n = max(4, round(n * min(1.0, scale) ** 0.5))
             yield (
                 f"compile, {n} leaves",
                 lambda n=n, r=rounds: cases.compile_time(f"{n} leaves", trees.many_leaves(n), r),
             )
-        n = max(4, round(300 * min(1.0, scale) ** 0.5))
+        n = max(4, round((300 if full else 100) * min(1.0, scale) ** 0.5))
         yield (
             f"compile, {n} shapes",
             lambda n=n: cases.compile_time(
-                f"{n} shapes", trees.distinct_leaves(n), 3 if full else 2
+                f"{n} shapes", trees.distinct_leaves(n), 3 if full else 1
             ),
         )
     if "memory" in chosen:

@@ -97,7 +97,7 @@ def update(
         yield row
 
 
-def dispatch(n: int, budget_s: float) -> Iterator[Row]:
+def dispatch(n: int, budget_s: float, with_optax: bool) -> Iterator[Row]:
     """A step of n leaves of one element."""
     spec = contenders.SPECS["adamw"]
     assert spec.optax is not None
@@ -107,9 +107,10 @@ def dispatch(n: int, budget_s: float) -> Iterator[Row]:
         contenders.jitted("bare", spec.pure(), params, grads, (0,)),
         contenders.class_form(spec, params, grads),
         contenders.traced(spec, params, grads),
-        contenders.jitted("optax", spec.optax(), params, grads, (0, 1)),
         contenders.nnx_optimizer(spec.optax(), params, grads),
     ]
+    if with_optax:
+        field.append(contenders.jitted("optax", spec.optax(), params, grads, (0, 1)))
     labels = {"case": "dispatch", "optimizer": "adamw", "tree": f"{n} x 1"}
     yield from rows_of(interleave(field, budget_s), **labels)
 

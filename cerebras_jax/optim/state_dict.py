@@ -139,7 +139,7 @@ def to_numpy(x: Any) -> np.ndarray:
 
 def to_torch(x: Any) -> Any:
     """A torch tensor of a JAX or NumPy array, in the same dtype."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     is_bfloat16 = jnp.result_type(x) == jnp.bfloat16
     array = np.array(x, np.float32 if is_bfloat16 else None)
