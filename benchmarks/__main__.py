@@ -16,7 +16,7 @@ from benchmarks import cases, contenders, machine, memory, report, trees
 Job = tuple[str, Callable[[], Iterator[cases.Row]]]
 
 CASES = ("update", "training", "dispatch", "compile", "memory")
-_QUICK = ("adamw", "sgd", "lamb", "lion", "adafactor")
+_QUICK: tuple[str, ...] = ("adamw", "sgd", "lamb", "lion", "adafactor")
 _QUICK_TREES = ("64M", "300 leaves")  # of the other optimizers than AdamW
 _EVERY_FORM = {False: ("adamw",), True: ("adamw", "sgd")}
 
@@ -108,7 +108,7 @@ def main(
         known = tuple(contenders.SPECS)
         picked = _choose(optimizers, known, "optimizers")
         if optimizers is None and not full:
-            picked = list(_QUICK)
+            picked = [*_QUICK]
         tree_names = _choose(tree_text, tuple(trees.TREES), "trees")
         chosen = tuple(_choose(case_text, CASES, "cases"))
         explicit = optimizers is not None or tree_text is not None

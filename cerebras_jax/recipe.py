@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import inspect
 import os
 import warnings
@@ -129,6 +130,26 @@ class Recipe:
             if scheduler.key == key:
                 return scheduler.schedule
         return schedules.constant(self.constant(key))
+
+    def _repr_html_(self) -> str:
+        """For Jupyter: the optimizer and its values, then the curves of the schedules."""
+        values = {
+            **self.optimizer_values,
+            "max_gradient_norm": self.max_gradient_norm,
+            "adjust_learning_rate": self.adjust_learning_rate,
+        }
+        rows = "".join(
+            f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
+            for k, v in values.items()
+            if v is not None
+        )
+        curves = "".join(
+            f"<p>{key}</p>{self.schedule(key)._repr_html_()}"  # pyright: ignore
+            for key in dict.fromkeys(s.key for s in self._make_schedulers(_probe(None)))
+            if hasattr(self.schedule(key), "_repr_html_")
+        )
+        name = self.optimizer_class.__name__
+        return f"<table><caption><code>{name}</code></caption>{rows}</table>{curves}"
 
     def has(self, key: str) -> bool:
         """Whether the optimizer has a number of that name."""

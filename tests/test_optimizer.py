@@ -454,6 +454,16 @@ def test_repr():
     assert "3 arrays, 9 elements" in text
 
 
+def test_rich_display():
+    groups = optim.param_groups(PARAMS, [{"params": "scale", "lr": 0.5}])
+    text = optim.AdamW(groups, lr=0.25)._repr_html_()
+    assert "3 arrays" in text
+    assert "<td>0.5</td>" in text
+    assert "<td>0.25</td>" in text
+    # two moments of 9 float32, and per parameter a count and two powers
+    assert f"{2 * 9 * 4 + 3 * 3 * 4:,} bytes of state" in text
+
+
 def test_zero_grad_is_accepted():
     assert optim.SGD(PARAMS, lr=0.1).zero_grad(set_to_none=True) is None
 

@@ -250,6 +250,13 @@ def test_weight_decay_schedules_leave_biases_alone():
     chex.assert_trees_all_close(class_run(recipe), pure_run(recipe), rtol=2e-6)
 
 
+def test_rich_display():
+    text = cjax.load_recipe(RUNNER)._repr_html_()
+    assert "<code>AdamW</code>" in text
+    assert "<td>max_gradient_norm</td><td>0.5</td>" in text
+    assert "<svg" in text
+
+
 def test_tags():
     config = {
         "trainer": {

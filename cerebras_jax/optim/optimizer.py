@@ -1,6 +1,7 @@
 """The stateful shell: it holds parameters, state and groups, and computes nothing itself."""
 
 import functools
+import html
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -453,6 +454,24 @@ class Optimizer(ABC):
             lines += [f"    {k}: {plain_value(v)}" for k, v in sorted(_group_values(group).items())]
             lines.append(f"    params: {len(group['params'])} arrays, {total:,} elements")
         return "\n".join([*lines, ")"])
+
+    def _repr_html_(self) -> str:
+        """For Jupyter: what the groups hold, and how much."""
+        values = dict(zip(self._names, self._values(), strict=True))
+        keys = list(dict.fromkeys(k for g in self.param_groups for k in _group_values(g)))
+        head = "".join(f"<th>{html.escape(k)}</th>" for k in ["arrays", "elements", *keys])
+        rows = []
+        for group in self.param_groups:
+            size = sum(values[n].size for n in group["params"])
+            cells = [len(group["params"]), f"{size:,}"]
+            cells += [plain_value(group.get(k, "")) for k in keys]
+            rows.append("".join(f"<td>{html.escape(str(c))}</td>" for c in cells))
+        total = sum(x.nbytes for x in jax.tree.leaves(self._state_arrays()))
+        body = "".join(f"<tr><td>{i}</td>{row}</tr>" for i, row in enumerate(rows))
+        return (
+            f"<table><caption><code>{type(self).__name__}</code>: {len(self._names)} arrays, "
+            f"{total:,} bytes of state</caption><tr><th>group</th>{head}</tr>{body}</table>"
+        )
 
     @classmethod
     def of(
