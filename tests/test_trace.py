@@ -1,6 +1,8 @@
 """Whole-graph compile: in place, one compilation, nothing lost on an error."""
 
 import copy
+import os
+import signal
 
 import chex
 import jax
@@ -12,6 +14,7 @@ from optimizers import OPTIMIZERS
 
 import cerebras_jax as cjax
 from cerebras_jax import optim
+from cerebras_jax.interrupts import deferred_interrupts
 from cerebras_jax.optim import lr_scheduler as lrs
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.zeros(3)}
@@ -123,6 +126,20 @@ def test_an_exception_leaves_every_argument_as_it_was():
     assert module_opt.params is module
     opt.step(lambda p: loss_fn(p, X))
     sched.step()
+
+
+def test_an_interrupt_waits_until_the_buffers_have_changed_hands():
+    done = []
+
+    def hand_over():
+        with deferred_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        hand_over()
+    assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_arrays_of_the_caller_stay_valid():
