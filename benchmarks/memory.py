@@ -4,9 +4,11 @@ It prints one line of JSON: bytes per parameter that a step needs beyond paramet
 gradients, in the first step (which may copy what the caller still holds) and in a later one.
 """
 
+import gc
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ def _extra(step: Any) -> int:
     """Bytes by which the peak of a step is above what was in use before it."""
     import jax
 
+    gc.collect()
+    time.sleep(1.0)  # what runs still, and what is freed in the background
     if jax.default_backend() == "cpu":
         _reset_peak()
     before, _ = _used_and_peak()

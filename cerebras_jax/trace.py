@@ -60,7 +60,7 @@ def trace(fn: Callable[P, R]) -> Callable[P, R]:
         donated, numbers, inputs = call.inputs()
         with deferred_interrupts():
             try:
-                out, arrays, changed = compiled(call, donated, numbers, inputs)
+                arrays, changed, out = compiled(call, donated, numbers, inputs)
             finally:
                 targets = call.release()
             _write_back(targets, arrays, changed)
@@ -172,7 +172,8 @@ def _run(fn: Callable[..., Any], call: _Call, donated: Any, numbers: Any, inputs
             [n for _, n in parts],
             given,
         )
-        return out, ([a for a, _ in parts], new_module_state), changed
+        # The donated arrays come first: JAX pairs buffers with results by shape and order.
+        return ([a for a, _ in parts], new_module_state), changed, out
 
 
 @contextlib.contextmanager

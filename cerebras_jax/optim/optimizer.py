@@ -547,8 +547,12 @@ def _apply(
     clipping: _Clipping,
     grads: list,
     params: list,
-) -> tuple[list[Array], _StepState]:
-    """One step of all groups."""
+) -> tuple[_StepState, list[Array]]:
+    """One step of all groups.
+
+    The state comes first: JAX pairs donated buffers with results by shape and order, and new
+    parameters in the buffer of a moment would cost a copy.
+    """
     check_grads(grads, params, lambda: plan.names)
     grads = [None if g is None else jnp.asarray(g) for g in grads]
     for clip in clipping.links():
@@ -569,7 +573,7 @@ def _apply(
             new_params[j] = p
         states.append(new)
         clocks.append(clock)
-    return new_params, _StepState(states, clocks)
+    return _StepState(states, clocks), new_params
 
 
 _step = jax.jit(_apply, static_argnums=0, donate_argnums=1)
@@ -712,7 +716,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
         state = _StepState(self._states, self._clocks)
         with deferred_interrupts():
             try:
-                params, state = step(plan, state, numbers, self._clipping(), grads, params)
+                state, params = step(plan, state, numbers, self._clipping(), grads, params)
             except TypeError:  # what JAX says of a gradient that is no array
                 check_grads(grads, params, lambda: self._names)
                 raise
