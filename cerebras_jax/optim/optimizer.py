@@ -144,7 +144,10 @@ class Optimizer(ABC):
         """The current values, in the structure that was given; a module is the module itself."""
         self._params_shared = True
         trees = [source.tree() for source in self._sources]
-        return trees if self._structured_as_list or len(trees) > 1 else trees[0]
+        return trees[0] if self._is_one_tree() else trees
+
+    def _is_one_tree(self) -> bool:
+        return len(self._sources) == 1 and not self._structured_as_list
 
     def named_parameters(self) -> list[tuple[str, Array]]:
         """Dotted names and current values of all parameters."""
@@ -246,7 +249,7 @@ class Optimizer(ABC):
         value = None
         if _is_closure(given):
             _check_closure(given)
-            if len(self._sources) == 1 and not self._structured_as_list:
+            if self._is_one_tree():
                 value, given = self._sources[0].value_and_grad(given, has_aux)
             elif self.modules():
                 raise TypeError("a closure over several parameter trees takes no modules")
@@ -258,7 +261,7 @@ class Optimizer(ABC):
         return value, self._align(given)
 
     def _align(self, grads: Any) -> list[Any]:
-        if len(self._sources) == 1 and not self._structured_as_list:
+        if self._is_one_tree():
             return self._sources[0].align(grads)
         if not isinstance(grads, list | tuple) or len(grads) != len(self._sources):
             raise ValueError(
@@ -810,11 +813,12 @@ class RuleOptimizer(Optimizer, Generic[P]):
         return [entries[name] for name in self._names]
 
     def _full_entries(self) -> list[dict[str, Any]]:
-        entries = self._entries()
+        entries = dict(zip(self._names, self._entries(), strict=True))
         for clock, group in zip(self._clocks, self.param_groups, strict=True):
-            for i, name in enumerate(group["params"]):
-                entries[self._index(name)]["step"] = np.float32(clock.count[i])
-        return entries
+            steps = _readable(clock.count).astype(np.float32)
+            for name, step in zip(group["params"], steps, strict=True):
+                entries[name]["step"] = step
+        return list(entries.values())
 
     def _set_entries(self, entries: Sequence[Mapping[str, Any]]) -> None:
         by_name = dict(zip(self._names, entries, strict=True))

@@ -272,9 +272,8 @@ class ScheduleScheduler(Scheduler, Generic[P]):
         except TypeError as error:
             names = [n for n in shell.parameters if n not in ("optimizer", "param_group_tags")]
             raise TypeError(f"{type(self).__name__}: {error}; its arguments are {names}") from None
-        back = {new: old for old, new in self.renamed.items()}
         values = {
-            back.get(k, k): v
+            self._original(k): v
             for k, v in bound.arguments.items()
             if k not in ("optimizer", "param_group_tags")
         }
@@ -284,6 +283,10 @@ class ScheduleScheduler(Scheduler, Generic[P]):
             total_iters=getattr(self._schedule, "total_iters", None),
             param_group_tags=param_group_tags,
         )
+
+    def _original(self, name: str) -> str:
+        """The schedule's own name of an argument."""
+        return next((old for old, new in self.renamed.items() if new == name), name)
 
     def _make_schedule(self, values: dict[str, Any]) -> Any:
         """Hook: the schedule of the constructor's values."""
@@ -299,8 +302,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        back = {new: old for old, new in self.renamed.items()}
-        return getattr(self._schedule, back.get(name, name))
+        return getattr(self._schedule, self._original(name))
 
     def _fields(self) -> dict[str, Any]:
         return {
@@ -317,8 +319,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
         _check_keys(
             type(self).__name__, set(state_dict), set(self.state_dict()), optional={"_last_lr"}
         )
-        back = {new: old for old, new in self.renamed.items()}
-        values = {back.get(k, k): state_dict[k] for k in self._fields()}
+        values = {self._original(k): state_dict[k] for k in self._fields()}
         self._schedule = dataclasses.replace(self._schedule, **values)
         self.last_epoch = state_dict["last_epoch"]
         self.total_iters = getattr(self._schedule, "total_iters", None)
