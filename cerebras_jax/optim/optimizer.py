@@ -757,7 +757,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
         result = []
         for i, (group, old) in enumerate(zip(self.param_groups, self._checked, strict=True)):
             hyper = self._hyper(group)
-            edited = any(hyper[k] is not old[k] for k in hyper)
+            edited = not all(_is_same(hyper[k], old[k]) for k in hyper)
             if edited and not _is_traced(hyper):  # traced ones were checked before the trace
                 try:
                     self.pure.rule(**hyper)
@@ -964,6 +964,13 @@ def _cohorts_of(count: Array, clock: Any) -> Cohorts:
 
 def _is_traced(tree: Any) -> bool:
     return any(is_traced(x) for x in jax.tree.leaves(tree))
+
+
+def _is_same(value: Any, old: Any) -> bool:
+    """Whether a value was left alone; a traced step puts unchanged numbers into new tuples."""
+    if isinstance(value, tuple) and isinstance(old, tuple) and len(value) == len(old):
+        return all(a is b for a, b in zip(value, old, strict=True))
+    return value is old
 
 
 def _is_closure(x: Any) -> bool:
