@@ -12,9 +12,11 @@ from flax import nnx
 
 from cerebras_jax.checks import is_number, is_traced
 from cerebras_jax.interrupts import deferred_interrupts
-from cerebras_jax.optim.optimizer import Optimizer, as_argument
+from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.optim.sources import ModuleSource
+from cerebras_jax.optim.step import as_argument
+from cerebras_jax.ownership import unshared
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,8 +31,8 @@ def trace(fn: Callable[P, R]) -> Callable[P, R]:
     in a group between calls, does not recompile; another structure, shape or flag does.
 
     Numbers and arrays are traced; bool, str, None and other hashable arguments are static.
-    Arrays that were given to an optimizer or read from it stay valid: they are copied once
-    before their buffers would be given away. Arrays of an nnx module are donated as they are.
+    Arrays of an optimizer or a module that somebody else still holds stay valid: they are copied
+    before their buffers would be given away.
 
     Args:
       fn: a function that may call ``optimizer.step`` and ``scheduler.step``. It runs in Python
@@ -123,9 +125,8 @@ class _Call:
         """(arrays to donate, numbers, the function's own arrays)."""
         for opt in self.optimizers():
             opt._check_groups()
-            opt._own()
         parts = [_split(obj) for obj in self.objects]
-        donated = ([arrays for arrays, _ in parts], self.module_state)
+        donated = unshared(([arrays for arrays, _ in parts], self.module_state))
         return donated, [numbers for _, numbers in parts], self.arrays
 
     def arguments(self, modules: Sequence[nnx.Module], arrays: Sequence[Any]) -> Any:
@@ -179,7 +180,7 @@ def _run(fn: Callable[..., Any], call: _Call, donated: Any, numbers: Any, inputs
 @contextlib.contextmanager
 def _borrowed(call: _Call, modules: Sequence[nnx.Module]) -> Iterator[None]:
     """Afterwards every object is as it was, whatever happens in between."""
-    before = [(obj, obj._dynamic(), _shared_flags(obj)) for obj in call.objects]
+    before = [(obj, obj._dynamic()) for obj in call.objects]
     sources = [
         (source, source.module)
         for opt in call.optimizers()
@@ -193,9 +194,8 @@ def _borrowed(call: _Call, modules: Sequence[nnx.Module]) -> Iterator[None]:
     finally:
         for source, module in sources:
             source.attach(module)
-        for obj, dynamic, flags in before:
+        for obj, dynamic in before:
             obj._set_dynamic(dynamic)
-            vars(obj).update(flags)
 
 
 def _write_back(targets: Any, results: Any, changed: Any) -> None:
@@ -234,10 +234,6 @@ def _join(obj: Any, arrays: Any, numbers: Any) -> None:
         obj._set_dynamic(numbers)
     else:
         obj._set_dynamic({**arrays, "numbers": numbers})
-
-
-def _shared_flags(obj: Any) -> dict[str, Any]:
-    return {k: v for k, v in vars(obj).items() if k in ("_params_shared", "_state_shared")}
 
 
 def _is_stateful(x: Any) -> bool:

@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1] / "cerebras_jax"
 
 FLOORS = [
-    {"types", "checks", "interrupts"},
+    {"types", "checks", "fusion", "interrupts", "ownership"},
     {"rule", "schedules"},
-    {"optim.sources", "optim.state_dict"},
+    {"optim.sources", "optim.state_dict", "optim.step"},
     {"optim.param_groups"},
     {"optim.optimizer"},
     {"optim.scheduler", "optim.algorithms.*"},

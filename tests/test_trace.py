@@ -142,27 +142,6 @@ def test_an_interrupt_waits_until_the_buffers_have_changed_hands():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_arrays_of_the_caller_stay_valid():
-    params = jax.tree.map(jnp.copy, PARAMS)
-    opt = optim.AdamW(params)
-    fn = cjax.trace(lambda opt: opt.step(lambda p: loss_fn(p, X)))
-    kept = [params, opt.state_dict()]
-    for _ in range(3):
-        fn(opt)
-        kept += [opt.params, opt.state]
-    jax.block_until_ready(jax.tree.leaves(kept))
-    chex.assert_trees_all_equal(params, PARAMS)
-
-
-def test_parameters_and_states_are_donated():
-    opt = optim.AdamW(PARAMS)
-    fn = cjax.trace(lambda opt: opt.step(lambda p: loss_fn(p, X)))
-    fn(opt)
-    buffers = jax.tree.leaves((opt._sources[0].values, opt._state_arrays()))
-    fn(opt)
-    assert all(x.is_deleted() for x in buffers)
-
-
 class Net(nnx.Module):
     def __init__(self, rngs):
         self.inner = nnx.Linear(2, 8, rngs=rngs)

@@ -6,12 +6,11 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, NamedTuple, ParamSpec, cast, overload
+from typing import Any, ClassVar, Generic, ParamSpec, cast, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from cerebras_jax.checks import check, is_traced
@@ -26,11 +25,12 @@ from cerebras_jax.optim.state_dict import (
     plain_value,
     to_torch,
 )
+from cerebras_jax.optim.step import Clipping, Plan, StepState, as_argument, take_step
+from cerebras_jax.ownership import unshared
 from cerebras_jax.rule import (
     Cohorts,
     GroupClock,
     PureOptimizer,
-    Rule,
     StateDtype,
     check_buffers,
     check_grads,
@@ -39,7 +39,6 @@ from cerebras_jax.rule import (
     normalize,
     partition,
     saturating_increment,
-    update_group,
 )
 from cerebras_jax.types import Array
 
@@ -121,9 +120,6 @@ class Optimizer(ABC):
         self.param_groups = []
         self._sources: list[Source] = []
         self._names: list[str] = []
-        # Arrays that somebody else may hold are copied before their buffers are given away.
-        self._params_shared = True
-        self._state_shared = True
         self._structured_as_list = False
         if isinstance(params, ParamGroups):
             self._add_source(params.source, list(params))
@@ -141,8 +137,12 @@ class Optimizer(ABC):
 
     @property
     def params(self) -> Any:
-        """The current values, in the structure that was given; a module is the module itself."""
-        self._params_shared = True
+        """The current values, in the structure that was given; a module is the module itself.
+
+        A step reuses the buffers of the old values, except of those that somebody still holds:
+        they are copied first. So ``grad(opt.params)`` costs nothing, and a tree that is kept
+        stays valid.
+        """
         trees = [source.tree() for source in self._sources]
         return trees[0] if self._is_one_tree() else trees
 
@@ -151,7 +151,6 @@ class Optimizer(ABC):
 
     def named_parameters(self) -> list[tuple[str, Array]]:
         """Dotted names and current values of all parameters."""
-        self._params_shared = True
         return list(zip(self._names, self._values(), strict=True))
 
     def set_parameter(self, name: str, value: Array) -> None:
@@ -346,7 +345,6 @@ class Optimizer(ABC):
           "params": [0, ...], "param_names": ["dense.bias", ...]}, ...]}``; parameters are
           numbered in the order of the groups.
         """
-        self._state_shared = True
         order = [name for group in self.param_groups for name in group["params"]]
         entries = dict(zip(self._names, self._entries(), strict=True))
         number = {name: i for i, name in enumerate(order)}
@@ -428,20 +426,6 @@ class Optimizer(ABC):
     def _check_groups(self) -> None:
         """Hook: refuses group values edited since the last step, if they are out of range."""
 
-    def _own(self) -> None:
-        """Copies what somebody else may hold, so that the buffers can be given away."""
-        if self._params_shared:
-            for source in self._sources:
-                if isinstance(source, TreeSource):
-                    source.values = [jnp.copy(x) for x in source.values]
-            self._params_shared = False
-        self._own_state()
-
-    def _own_state(self) -> None:
-        if self._state_shared:
-            self._set_state_arrays(jax.tree.map(jnp.copy, self._state_arrays()))
-            self._state_shared = False
-
     def modules(self) -> list[nnx.Module]:
         """The nnx modules whose parameters this optimizer updates in place."""
         return [s.module for s in self._sources if isinstance(s, ModuleSource)]
@@ -493,94 +477,6 @@ class Optimizer(ABC):
             "type[RuleOptimizer[P]]",
             type(name, (base,), {"pure": pure, "counts_steps": enable_global_step}),
         )
-
-
-class _Plan:
-    """What of a step is static; its hash is worked out once.
-
-    Attributes:
-      factory: the factory of the rule.
-      statics: per group, the flags and the places of the numbers.
-      members: per group, the positions of its parameters.
-      names: of all parameters, for errors.
-    """
-
-    def __init__(
-        self,
-        factory: Callable[..., Rule],
-        statics: tuple,
-        members: tuple[tuple[int, ...], ...],
-        names: tuple[str, ...],
-    ):
-        self.factory, self.statics, self.members, self.names = factory, statics, members, names
-        self.key = (factory, statics, members, names)
-        self.hash = hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Plan) and self.key == other.key)
-
-    def __hash__(self) -> int:
-        return self.hash
-
-
-class _Clipping(NamedTuple):
-    """Bounds of the gradients: of their global norm, and of every element."""
-
-    norm: Any
-    value: Any
-
-    def links(self) -> list[optax.GradientTransformation]:
-        links = []
-        if self.norm is not None:
-            links.append(optax.clip_by_global_norm(self.norm))
-        if self.value is not None:
-            links.append(optax.clip(self.value))
-        return links
-
-
-class _StepState(NamedTuple):
-    states: list[list[Any]]  # per group, per parameter: the rule's NamedTuple
-    clocks: list[GroupClock]  # per group
-
-
-def _apply(
-    plan: _Plan,
-    state: _StepState,
-    numbers: Sequence[tuple],
-    clipping: _Clipping,
-    grads: list,
-    params: list,
-) -> tuple[_StepState, list[Array]]:
-    """One step of all groups.
-
-    The state comes first: JAX pairs donated buffers with results by shape and order, and new
-    parameters in the buffer of a moment would cost a copy.
-    """
-    check_grads(grads, params, lambda: plan.names)
-    grads = [None if g is None else jnp.asarray(g) for g in grads]
-    for clip in clipping.links():
-        grads = cast(list, clip.update(grads, clip.init(grads))[0])
-    new_params = list(params)
-    states, clocks = [], []
-    for i, (static, members) in enumerate(zip(plan.statics, plan.members, strict=True)):
-        updated, clock, new = update_group(
-            plan.factory,
-            static,
-            numbers[i],
-            [grads[j] for j in members],
-            state.clocks[i],
-            state.states[i],
-            [params[j] for j in members],
-        )
-        for j, p in zip(members, updated, strict=True):
-            new_params[j] = p
-        states.append(new)
-        clocks.append(clock)
-    return _StepState(states, clocks), new_params
-
-
-_step = jax.jit(_apply, static_argnums=0, donate_argnums=1)
-_step_donating_params = jax.jit(_apply, static_argnums=0, donate_argnums=(1, 5))
 
 
 class RuleOptimizer(Optimizer, Generic[P]):
@@ -641,7 +537,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
         self._states: list[list[Any]] = []
         self._clocks: list[GroupClock] = []
         self._checked: list[dict[str, Any]] = []
-        self._last_plan: _Plan | None = None
+        self._last_plan: Plan | None = None
         super().__init__(
             params,
             bound.arguments,
@@ -664,7 +560,6 @@ class RuleOptimizer(Optimizer, Generic[P]):
             self._states.append(states)
             self._clocks.append(clock)
             self._checked.append(hyper)
-        self._state_shared = False
 
     def _preinitialize(self) -> None:
         self.preinitialize()
@@ -696,30 +591,28 @@ class RuleOptimizer(Optimizer, Generic[P]):
             range; parameters and state are then untouched.
         """
         value, grads = self._gradients(grads_or_closure, has_aux)
-        owned = _is_closure(grads_or_closure) and not self.modules()
-        if owned:
-            self._own()
-        self._apply_gradients(grads, _step_donating_params if owned else _step)
+        self._apply_gradients(grads)
         return value
 
-    def _clipping(self) -> _Clipping:
+    def _clipping(self) -> Clipping:
         bounds = {"norm": self.max_gradient_norm, "value": self.max_gradient_value}
         for name, bound in bounds.items():
             if bound is not None:
                 check(f"max_gradient_{name}", bound, "> 0")
-        return _Clipping(*(None if b is None else as_argument(b) for b in bounds.values()))
+        return Clipping(*(None if b is None else as_argument(b) for b in bounds.values()))
 
-    def _apply_gradients(self, grads: list[Any], step: Callable[..., Any]) -> None:
+    def _apply_gradients(self, grads: list[Any]) -> None:
         params = self._values()
         self._check_not_leaking(grads, params)
         split = [partition(hyper) for hyper in self._checked_hyper()]
         plan = self._plan(tuple(static for _, static in split))
         numbers = [tuple(as_argument(x) for x in numbers) for numbers, _ in split]
-        self._own_state()
-        state = _StepState(self._states, self._clocks)
+        clipping = self._clipping()
+        state = unshared(StepState(self._states, self._clocks))
+        params = unshared(params, owners=2)  # this list, and where they live
         with deferred_interrupts():
             try:
-                state, params = step(plan, state, numbers, self._clipping(), grads, params)
+                state, params = take_step(plan, state, params, grads, numbers, clipping)
             except TypeError:  # what JAX says of a gradient that is no array
                 check_grads(grads, params, lambda: self._names)
                 raise
@@ -729,12 +622,12 @@ class RuleOptimizer(Optimizer, Generic[P]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last_plan": None}  # PyTreeDefs in it cannot be pickled
 
-    def _plan(self, statics: tuple) -> "_Plan":
+    def _plan(self, statics: tuple) -> "Plan":
         """The plan of a step; the same object as long as nothing static changes."""
         if self._last_plan is None or self._last_plan.statics != statics:
             position = {name: i for i, name in enumerate(self._names)}
             members = [tuple(position[n] for n in g["params"]) for g in self.param_groups]
-            self._last_plan = _Plan(self.pure.rule, statics, tuple(members), tuple(self._names))
+            self._last_plan = Plan(self.pure.rule, statics, tuple(members), tuple(self._names))
         return self._last_plan
 
     def _check_not_leaking(self, grads: Sequence[Any], params: Sequence[Any]) -> None:
@@ -786,7 +679,6 @@ class RuleOptimizer(Optimizer, Generic[P]):
     @property
     def state(self) -> Mapping[str, Mapping[str, Any]]:
         """A read-only view: per parameter name, the states by name. See `visit_state`."""
-        self._state_shared = True
         entries = zip(self._names, self._entries(), strict=True)
         return MappingProxyType({name: MappingProxyType(entry) for name, entry in entries})
 
@@ -840,7 +732,6 @@ class RuleOptimizer(Optimizer, Generic[P]):
             if columns:
                 clock = type(clock)(**columns)
             self._clocks[g] = GroupClock(count, clock, _cohorts_of(count, clock))
-        self._state_shared = True
 
     def _increment(self, index: int) -> Array:
         name = self._names[index]
@@ -854,10 +745,10 @@ class RuleOptimizer(Optimizer, Generic[P]):
                 return count[i]
         raise KeyError(f"no parameter is called {name!r}")
 
-    def _state_arrays(self) -> _StepState:
-        return _StepState(self._states, self._clocks)
+    def _state_arrays(self) -> StepState:
+        return StepState(self._states, self._clocks)
 
-    def _set_state_arrays(self, state: _StepState) -> None:
+    def _set_state_arrays(self, state: StepState) -> None:
         self._states, self._clocks = state
 
     # --- other people's state ------------------------------------------------------------------
@@ -899,7 +790,6 @@ class RuleOptimizer(Optimizer, Generic[P]):
             )
             for number, name in zip(numbers, names, strict=True):
                 state[number] = self._torch_entry(entries[name], group)
-        self._state_shared = True
         return {"state": state, "param_groups": groups}
 
     def _torch_entry(self, entry: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
@@ -980,21 +870,6 @@ def _is_closure(x: Any) -> bool:
     )
 
 
-def as_argument(x: Any) -> Any:
-    """A number as an argument of a compiled step: always the same type, whatever the value."""
-    if is_traced(x):
-        return x
-    dtype = jax.dtypes.canonicalize_dtype(float)
-    return x.astype(dtype) if isinstance(x, jax.Array) else _on_device(float(x), dtype)
-
-
-@functools.lru_cache(maxsize=1024)
-def _on_device(x: float, dtype: Any) -> Array:
-    """A constant as an array; learning rates change, most other numbers come again."""
-    with jax.ensure_compile_time_eval():
-        return jnp.asarray(x, dtype)
-
-
 def _check_closure(closure: Callable[..., Any]) -> None:
     try:
         inspect.signature(closure).bind(None)
@@ -1050,7 +925,6 @@ class _Static:
 
 
 def _flatten(opt: Optimizer) -> tuple[tuple, _Static]:
-    opt._params_shared = opt._state_shared = True
     graphdef, modules = nnx.split(tuple(opt.modules()))
     dynamic = opt._dynamic()
     attributes = {
