@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cerebras_jax import checks
+from cerebras_jax import checks, fusion
 from cerebras_jax.types import Array, Params
 
 P = ParamSpec("P")
@@ -55,6 +55,8 @@ class Rule(NamedTuple):
       tick: ``tick(clock, t) -> (now, clock)`` with ``t`` = 1, 2, ... the number of this step, a
         float scalar. By default ``now`` is ``t``.
       supports_complex: whether treating a complex parameter as pairs of reals makes sense.
+      written_last: states that ``u`` reads as they were before the step. They are overwritten
+        one after the other when the parameter is done, or XLA would have to copy them first.
     """
 
     init: Callable[[Any], Any]
@@ -62,6 +64,7 @@ class Rule(NamedTuple):
     clock: Any = ()
     tick: Callable[[Any, Array], tuple[Any, Any]] = _same_clock
     supports_complex: bool = True
+    written_last: tuple[str, ...] = ()
 
 
 class RuleState(NamedTuple):
@@ -240,17 +243,40 @@ def _update_leaf(
     def widen(x: Array) -> Array:
         return (_as_pairs(x) if _is_complex(x) else x).astype(compute)
 
-    rule = factory(**combine([x.astype(compute) for x in numbers], static))
-    now = jax.tree.map(lambda x: x.astype(compute), now)
-    g = g.astype(p.dtype) if is_complex else g
-    u, new = _checked_update(
-        factory, rule.update(widen(g), jax.tree.map(widen, s), now, widen(p)), s, widen(p)
-    )
+    def run(numbers: tuple, now: Any, g: Array) -> tuple[Rule, Array, Any]:
+        rule = factory(**combine([x.astype(compute) for x in numbers], static))
+        now = jax.tree.map(lambda x: x.astype(compute), now)
+        result = rule.update(widen(g), jax.tree.map(widen, s), now, widen(p))
+        return rule, *_checked_update(factory, result, s, widen(p))
 
     def store(x: Array, like: Array) -> Array:
         return _from_pairs(x, like.dtype) if _is_complex(like) else x.astype(like.dtype)
 
-    return store(u, p), jax.tree.map(store, new, s)
+    g = g.astype(p.dtype) if is_complex else g
+    rule, u, new = run(numbers, now, g)
+    u = store(u, p)
+    if fusion.is_enabled():
+        # Apart from each other, neither waits for the other's result, and XLA makes one loop.
+        _, _, new = run(*jax.lax.optimization_barrier((numbers, now)), g)
+    else:
+        done = p + u
+        for name in rule.written_last:
+            _, _, later = run(*_after(done, (numbers, now, g)))
+            done = getattr(later, name)
+            new = new._replace(**{name: done})
+    return u, jax.tree.map(store, new, s)
+
+
+def _after(done: Array, tree: Any) -> Any:
+    """The same values, but known only when the array ``done`` is.
+
+    A barrier would say so too, but XLA's CPU backend drops it before it decides what to copy.
+    """
+    if done.size == 0:
+        return tree
+    bits = jax.lax.bitcast_convert_type(done.real.ravel()[0].astype(jnp.float32), jnp.uint32)
+    one = 1 + (bits >> 31 >> 1)
+    return jax.tree.map(lambda x: x / one.astype(x.dtype), tree)
 
 
 def _checked_update(factory: Callable[..., Rule], result: Any, s: Any, p: Array) -> Any:

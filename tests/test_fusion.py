@@ -1,0 +1,121 @@
+"""What XLA makes of an update on CPU: no copies, and one loop where that is asked for."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optimizers import OPTIMIZERS, Entry
+
+from cerebras_jax import enable_multi_output_fusion, fusion
+
+SHAPE = (256, 384)
+
+
+def entry_computation(tx):
+    """The lines of the compiled donating update of one parameter."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(state, params, grads):
+        updates, state = tx.update(grads, state, params)
+        return state, optax.apply_updates(params, updates)
+
+    params = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
+    program = update.lower(jax.eval_shape(tx.init, params), params, params).compile().as_text()
+    return program[program.index("ENTRY") :].splitlines()
+
+
+@pytest.mark.parametrize("entry", OPTIMIZERS, ids=repr)
+def test_nothing_is_copied(entry):
+    copies = [
+        line
+        for line in entry_computation(entry.pure(**entry.kwargs))
+        if "f32[256,384]{1,0} copy(" in line
+    ]
+    # Rprop's three results all read both of its states, and Adadelta's states read the parameter
+    # for its weight decay: XLA keeps one array aside.
+    assert len(copies) == (entry.name in ("rprop", "adadelta"))
+
+
+ONE_LOOP = [
+    Entry("adam", {}),
+    Entry("adamw", {"weight_decay": 0.1}),
+    Entry("asgd", {"weight_decay": 0.1}),
+    Entry("lion", {"weight_decay": 0.1}),
+    Entry("nadam", {}),
+    Entry("radam", {}),
+    Entry("rmsprop", {"lr": 0.1}),
+    Entry("sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+]
+
+
+def trajectory(entry):
+    """The parameters after three steps."""
+    opt = entry.cls({"w": jnp.linspace(-1, 1, 20).reshape(4, 5)}, **entry.kwargs)
+    for i in range(3):
+        opt.step({"w": jnp.cos(jnp.arange(20.0) * (i + 1)).reshape(4, 5)})
+    return opt.params["w"].ravel().tolist()
+
+
+def report():
+    """Printed by a process that has switched multi-output fusion on."""
+    enable_multi_output_fusion()
+    enable_multi_output_fusion()
+    assert fusion.is_enabled()
+    loops = {}
+    for entry in ONE_LOOP:
+        lines = entry_computation(entry.pure(**entry.kwargs))
+        loops[repr(entry)] = sum(bool(re.search(r"f32\[256,384\].* fusion\(", x)) for x in lines)
+    values = {repr(e): trajectory(e) for e in OPTIMIZERS}
+    print(json.dumps([os.environ["XLA_FLAGS"], loops, values]))
+
+
+@pytest.fixture(scope="module")
+def switched_on():
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_fusion; test_fusion.report()"],
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_extra_options=xla_mine"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_option_joins_those_of_the_user(switched_on):
+    option = "xla_cpu_use_multi_output_fusion"
+    assert switched_on[0] == f"--xla_backend_extra_options=xla_mine,{option}"
+    assert fusion._with_option("--a=1 --b=2") == (
+        f"--a=1 --b=2 --xla_backend_extra_options={option}"
+    )
+
+
+@pytest.mark.parametrize("entry", ONE_LOOP, ids=repr)
+def test_one_loop(entry, switched_on):
+    _, loops, _ = switched_on
+    assert loops[repr(entry)] == 1
+
+
+@pytest.mark.parametrize("entry", OPTIMIZERS, ids=repr)
+def test_the_same_numbers(entry, switched_on):
+    _, _, values = switched_on
+    np.testing.assert_allclose(values[repr(entry)], trajectory(entry), rtol=2e-6, atol=1e-7)
+
+
+def test_it_is_too_late_once_jax_was_used():
+    jax.devices()
+    before = os.environ.get("XLA_FLAGS")
+    with pytest.raises(RuntimeError, match="before JAX is used for the first time"):
+        enable_multi_output_fusion()
+    assert os.environ.get("XLA_FLAGS") == before
+    assert not fusion.is_enabled()
