@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag, check_pair
@@ -113,20 +114,24 @@ def adafactor(
 
     def update(g: Array, s: AdafactorState, t: Array, p: Array) -> tuple[Array, AdafactorState]:
         b2 = 1 - t**decay_rate
-        square = g * g + eps[0]
         if s.exp_avg_sq is None:
-            row = b2 * s.exp_avg_sq_row + (1 - b2) * _mean(square, -1)
-            col = b2 * s.exp_avg_sq_col + (1 - b2) * _mean(square, -2)
-            scale = (row / _mean(row, -1)[..., None])[..., None] * col[..., None, :]
-            u, v = g / jnp.sqrt(scale), None
+            # Two sums of the same squares, and a sum of squares of u itself, would make XLA keep
+            # them in memory: hence the weight inside of a sum, and u under another shape.
+            row = b2 * s.exp_avg_sq_row + (1 - b2) * (_mean(g * g, -1) + eps[0])
+            col = b2 * s.exp_avg_sq_col + _mean((1 - b2) * g * g, -2) + (1 - b2) * eps[0]
+            row_factor = jax.lax.rsqrt(row / _mean(row, -1)[..., None])[..., None]
+            col_factor = jax.lax.rsqrt(col)[..., None, :]
+            u, v = g * row_factor * col_factor, None
+            u_rms = _rms(g[None] * row_factor * col_factor)
         else:
             row = col = None
-            v = b2 * s.exp_avg_sq + (1 - b2) * square
+            v = b2 * s.exp_avg_sq + (1 - b2) * (g * g + eps[0])
             u = g / jnp.sqrt(v)
+            u_rms = _rms(u)
         rate = jnp.minimum(1e-6 * t if warmup_init else 1e-2, 1 / jnp.sqrt(t)) if lr is None else lr
         if scale_parameter:
             rate = rate * jnp.maximum(eps[1], _rms(p))
-        u = rate * u / jnp.maximum(1, _rms(u) / clip_threshold)
+        u = rate / jnp.maximum(1, u_rms / clip_threshold) * u
         m = None
         if s.exp_avg is not None:
             u = m = beta1 * s.exp_avg + (1 - beta1) * u
