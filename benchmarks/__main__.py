@@ -12,36 +12,35 @@ from rich.console import Console
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
 
 from benchmarks import cases, contenders, machine, memory, report, trees
+from cerebras_jax import enable_multi_output_fusion
 
 Job = tuple[str, Callable[[], Iterator[cases.Row]]]
 
 CASES = ("update", "training", "dispatch", "compile", "memory")
 _QUICK: tuple[str, ...] = ("adamw", "sgd", "lamb", "lion", "adafactor")
-_QUICK_TREES = ("64M", "300 leaves")  # of the other optimizers than AdamW
-_EVERY_FORM = {False: ("adamw",), True: ("adamw", "sgd")}
 
 
 def _jobs(
     full: bool, names: list[str], tree_names: list[str], chosen: tuple[str, ...], scale: float
 ) -> Iterator[Job]:
-    budget = 20.0 if full else 3.0
+    budget = 4.0 if full else 2.0
     for tree in tree_names if "update" in chosen else ():
         for name in names:
-            if full or name == "adamw" or tree in _QUICK_TREES:
-                every = name in _EVERY_FORM[full] and (full or tree in _QUICK_TREES)
+            if full or name == "adamw" or tree == "64M":
+                every = name == "adamw" and (full or tree in ("64M", "300 leaves"))
                 yield (
                     f"update, {name}, {tree}",
                     lambda t=tree, n=name, e=every: cases.update(t, n, scale, budget, e),
                 )
     if "training" in chosen:
-        yield "training step", lambda: cases.training(scale, 60.0 if full else 15.0)
+        yield "training step", lambda: cases.training(scale, 40.0 if full else 10.0)
     if "dispatch" in chosen:
-        for n in (100, 148, 300, 1000, 3000) if full else (148, 300, 1000):
+        for n in (100, 300, 1000, 3000) if full else (300, 1000):
             n = max(4, round(n * min(1.0, scale) ** 0.5))
-            yield f"dispatch, {n} leaves", lambda n=n: cases.dispatch(n, budget, full)
+            yield f"dispatch, {n} leaves", lambda n=n: cases.dispatch(n, budget)
     if "compile" in chosen:
         for n in (100, 300, 1000, 3000) if full else (300, 1000):
-            rounds = 3 if full or n < 1000 else 1
+            rounds = 3 if n < (3000 if full else 1000) else 1
             n = max(4, round(n * min(1.0, scale) ** 0.5))
             yield (
                 f"compile, {n} leaves",
@@ -81,6 +80,9 @@ def _choose(text: str | None, known: tuple[str, ...], what: str) -> list[str]:
 @click.option("--optimizers", help=f"Comma-separated, of: {', '.join(contenders.SPECS)}.")
 @click.option("--cases", "case_text", help=f"Comma-separated, of: {', '.join(CASES)}.")
 @click.option("--scale", default=1.0, help="Shrinks every tree, to try the command out.")
+@click.option(
+    "--multi-output-fusion", is_flag=True, help="Call enable_multi_output_fusion first (CPU)."
+)
 @click.option("--replay", type=Path, help="Show results of an earlier --json; measure nothing.")
 def main(
     suite: str,
@@ -90,6 +92,7 @@ def main(
     optimizers: str | None,
     case_text: str | None,
     scale: float,
+    multi_output_fusion: bool,
     replay: Path | None,
 ) -> None:
     """Compares cerebras_jax with optax, flax nnx.Optimizer and torch.optim, in one process."""
@@ -104,6 +107,8 @@ def main(
         for group in groups.values():
             report.show(group, console)
     else:
+        if multi_output_fusion:
+            enable_multi_output_fusion()
         full = suite == "full"
         known = tuple(contenders.SPECS)
         picked = _choose(optimizers, known, "optimizers")

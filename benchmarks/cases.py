@@ -19,7 +19,7 @@ from cerebras_jax.train import gpt
 from cerebras_jax.train.run import TrainSettings
 
 Row = dict[str, Any]
-PEERS = ("optax", "nnx", "torch", "torch fused", "bare", "C", "jit + optax")
+PEERS = ("pure", "optax", "nnx", "torch", "torch fused", "C", "jit + optax")
 """Contenders that others are compared with; ``torch`` is the faster of for-loop and foreach."""
 
 
@@ -58,22 +58,21 @@ def update(
 ) -> Iterator[Row]:
     """One update of a tree: gradients, state, parameters -> parameters, state.
 
-    ``every_form`` adds the forms whose cost beyond the update itself is dispatch: the bare jitted
-    update that keeps the parameters, `trace`, and nnx.Optimizer.
+    ``every_form`` adds the forms whose cost beyond the update itself is dispatch: `trace` and
+    nnx.Optimizer.
     """
     spec = contenders.SPECS[optimizer]
     shapes = trees.TREES[tree](scale)
     params, host_grads = trees.values(shapes, 0, 0.1), trees.values(shapes, 1, 0.01)
     grads = contenders.own(host_grads)
     field: list[Contender] = [
-        contenders.jitted("pure", spec.pure(), params, grads, (0, 1)),
+        contenders.jitted("pure", spec.pure(), params, grads),
         contenders.class_form(spec, params, grads),
     ]
     if every_form:
-        field.append(contenders.jitted("bare", spec.pure(), params, grads, (0,)))
         field.append(contenders.traced(spec, params, grads))
     if spec.optax is not None:
-        field.append(contenders.jitted("optax", spec.optax(), params, grads, (0, 1)))
+        field.append(contenders.jitted("optax", spec.optax(), params, grads))
         if every_form:
             field.append(contenders.nnx_optimizer(spec.optax(), params, grads))
     field += contenders.torch_forms(spec, params, host_grads)
@@ -97,20 +96,20 @@ def update(
         yield row
 
 
-def dispatch(n: int, budget_s: float, with_optax: bool) -> Iterator[Row]:
+def dispatch(n: int, budget_s: float) -> Iterator[Row]:
     """A step of n leaves of one element."""
     spec = contenders.SPECS["adamw"]
     assert spec.optax is not None
     shapes = trees.scalar_leaves(n)
     params, grads = trees.values(shapes, 0, 0.1), contenders.own(trees.values(shapes, 1, 0.01))
     field = [
-        contenders.jitted("bare", spec.pure(), params, grads, (0,)),
+        contenders.jitted("pure", spec.pure(), params, grads),
         contenders.class_form(spec, params, grads),
         contenders.traced(spec, params, grads),
-        contenders.nnx_optimizer(spec.optax(), params, grads),
+        contenders.jitted("optax", spec.optax(), params, grads),
     ]
-    if with_optax:
-        field.append(contenders.jitted("optax", spec.optax(), params, grads, (0, 1)))
+    if n <= 1000:  # nnx.jit takes minutes to compile more
+        field.append(contenders.nnx_optimizer(spec.optax(), params, grads))
     labels = {"case": "dispatch", "optimizer": "adamw", "tree": f"{n} x 1"}
     yield from rows_of(interleave(field, budget_s), **labels)
 
@@ -125,7 +124,7 @@ def compile_time(name: str, shapes: Any, rounds: int) -> Iterator[Row]:
     seconds: dict[str, dict[str, Samples]] = {p: {f: {} for f in forms} for p in phases}
     for i in range(rounds):
         for form in list(forms)[:: 1 if i % 2 else -1]:
-            jax.clear_caches()
+            free()
             tx = forms[form]
             function = jax.jit(contenders.update_of(tx), donate_argnums=(0, 1))
             state = jax.eval_shape(tx.init, params)
@@ -138,7 +137,6 @@ def compile_time(name: str, shapes: Any, rounds: int) -> Iterator[Row]:
             times.append(time.perf_counter())
             for phase, value in zip(phases, [*np.diff(times), times[3] - times[0]], strict=True):
                 seconds[phase][form][i] = float(value)
-    jax.clear_caches()
     for phase in phases:
         yield from rows_of(seconds[phase], case=phase, optimizer="adamw", tree=name)
 

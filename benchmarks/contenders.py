@@ -95,9 +95,9 @@ def own(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
-def jitted(name: str, tx: Any, params: Any, grads: Any, donate: tuple[int, ...]) -> Contender:
-    """A jitted optax-style update that donates the state (0), the parameters (1), or both."""
-    compiled = jax.jit(update_of(tx), donate_argnums=donate)
+def jitted(name: str, tx: Any, params: Any, grads: Any) -> Contender:
+    """A jitted optax-style update that donates state and parameters."""
+    compiled = jax.jit(update_of(tx), donate_argnums=(0, 1))
     params = own(params)
     state = tx.init(params)
 

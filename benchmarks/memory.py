@@ -72,7 +72,7 @@ def main(contender: str, optimizer: str, *shape: str) -> None:
     if not contender.startswith("torch"):
         grads = contenders.own(grads)
     if contender == "pure":
-        made = contenders.jitted("pure", spec.pure(), params, grads, (0, 1))
+        made = contenders.jitted("pure", spec.pure(), params, grads)
     elif contender == "class":
         made = contenders.class_form(spec, params, grads)
     elif contender == "trace":
@@ -82,7 +82,7 @@ def main(contender: str, optimizer: str, *shape: str) -> None:
         if contender == "nnx":
             made = contenders.nnx_optimizer(tx, params, grads)
         else:
-            made = contenders.jitted("optax", tx, params, grads, (0, 1))
+            made = contenders.jitted("optax", tx, params, grads)
     else:
         forms = contenders.torch_forms(spec, params, grads)
         made = next(x for x in forms if x.name == contender)

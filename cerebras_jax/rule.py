@@ -16,6 +16,7 @@ Two forms use it:
   parameter, kept as one vector per group.
 """
 
+import collections
 import dataclasses
 import functools
 import inspect
@@ -228,11 +229,10 @@ def _cast_state(state_dtype: StateDtype, name: str, value: Any) -> Any:
     return value if dtype is None else value.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _update_leaf(
     factory: Callable[..., Rule], static: Any, numbers: tuple, now: Any, g: Array, s: Any, p: Array
 ) -> tuple[Array, Any]:
-    """One gradient, one state, one parameter. Jitted, so that JAX traces it once per shape.
+    """One gradient, one state, one parameter.
 
     The dtype policy: arithmetic in at least float32, each state stored in its own dtype, the
     update in the parameter's dtype. A complex array is a pair of real ones.
@@ -241,16 +241,16 @@ def _update_leaf(
     compute = jnp.promote_types(p.real.dtype if is_complex else p.dtype, jnp.float32)
 
     def widen(x: Array) -> Array:
-        return (_as_pairs(x) if _is_complex(x) else x).astype(compute)
+        return _cast(_as_pairs(x) if _is_complex(x) else x, compute)
 
     def run(numbers: tuple, now: Any, g: Array) -> tuple[Rule, Array, Any]:
-        rule = factory(**combine([x.astype(compute) for x in numbers], static))
-        now = jax.tree.map(lambda x: x.astype(compute), now)
+        rule = factory(**combine([_cast(x, compute) for x in numbers], static))
+        now = jax.tree.map(lambda x: _cast(x, compute), now)
         result = rule.update(widen(g), jax.tree.map(widen, s), now, widen(p))
         return rule, *_checked_update(factory, result, s, widen(p))
 
     def store(x: Array, like: Array) -> Array:
-        return _from_pairs(x, like.dtype) if _is_complex(like) else x.astype(like.dtype)
+        return _from_pairs(x, like.dtype) if _is_complex(like) else _cast(x, like.dtype)
 
     g = g.astype(p.dtype) if is_complex else g
     rule, u, new = run(numbers, now, g)
@@ -258,13 +258,34 @@ def _update_leaf(
     if fusion.is_enabled():
         # Apart from each other, neither waits for the other's result, and XLA makes one loop.
         _, _, new = run(*jax.lax.optimization_barrier((numbers, now)), g)
-    else:
+    elif rule.written_last:
         done = p + u
         for name in rule.written_last:
             _, _, later = run(*_after(done, (numbers, now, g)))
             done = getattr(later, name)
             new = new._replace(**{name: done})
     return u, jax.tree.map(store, new, s)
+
+
+_update_leaf_of_a_kind = jax.jit(_update_leaf, static_argnums=(0, 1))  # traced once per type
+
+
+def _leaf_updates(params: Sequence[Array]) -> list[Callable[..., Any]]:
+    """For each parameter the function that updates it.
+
+    Jitted, except within a trace for the only parameter of its type, where that would not pay.
+    """
+    types = [(p.shape, p.dtype) for p in params]
+    count = collections.Counter(types)
+    return [
+        _update_leaf if count[t] == 1 and checks.is_traced(p) else _update_leaf_of_a_kind
+        for t, p in zip(types, params, strict=True)
+    ]
+
+
+def _cast(x: Array, dtype: Any) -> Array:
+    """``astype``, which is slow where it has nothing to do."""
+    return x if x.dtype == dtype and not x.aval.weak_type else x.astype(dtype)
 
 
 def _after(done: Array, tree: Any) -> Any:
@@ -497,6 +518,8 @@ def as_array(p: Any) -> Any:
 
     ``jnp.array(0.5)`` is weakly typed; states like it would change their type in the first step.
     """
+    if isinstance(p, jax.Array) and not p.aval.weak_type:
+        return p
     if isinstance(p, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
     dtype = getattr(p, "dtype", None)
@@ -564,11 +587,12 @@ def _update_tree(
         [kind(*row) for row in zip(*columns, strict=True)] if columns else [kind()] * len(p_leaves)
     )
     new_rows, updates = [], []
-    for g, s, p in zip(g_leaves, rows, p_leaves, strict=True):
+    leaf_updates = _leaf_updates(p_leaves)
+    for update_leaf, g, s, p in zip(leaf_updates, g_leaves, rows, p_leaves, strict=True):
         if g is None:
             u, new = jnp.zeros_like(p), s
         else:
-            u, new = _update_leaf(factory, static, numbers, now, jnp.asarray(g), s, p)
+            u, new = update_leaf(factory, static, numbers, now, as_array(g), s, p)
         updates.append(u)
         new_rows.append(new)
     states = kind(
@@ -684,6 +708,7 @@ def update_group(
 
     new_params, new_states = list(params), list(states)
     of_cohort: dict[int, Any] = {}
+    leaf_updates = _leaf_updates(params)
     for i, (g, s, p) in enumerate(zip(grads, states, params, strict=True)):
         if g is not None:
             cohort = clock.cohorts.of[i]
@@ -691,7 +716,7 @@ def update_group(
                 of_cohort[cohort] = jax.tree.map(lambda x, i=i: x[i], now)
             scheduled, own_now = of_cohort[cohort]
             own = _merge_numbers(static[1], numbers, scheduled)
-            u, new_states[i] = _update_leaf(factory, step_static, own, own_now, g, s, p)
+            u, new_states[i] = leaf_updates[i](factory, step_static, own, own_now, g, s, p)
             new_params[i] = p + u
     cohorts = clock.cohorts.split(present.tolist())
     return new_params, GroupClock(count, ticked, cohorts), new_states

@@ -78,6 +78,9 @@ class _Slot(NamedTuple):
     value: Any  # index of the object or module; None for an array; the static value
 
 
+_ARRAY = _Slot("array", None)
+
+
 class _Call:
     """One call: the stateful objects in the arguments, and a key for the program it needs.
 
@@ -103,13 +106,13 @@ class _Call:
             raise TypeError(f"a static argument of a traced function: {error}") from None
 
     def _slot(self, x: Any) -> _Slot:
+        if isinstance(x, jax.Array | np.ndarray | np.bool_) or is_number(x):
+            self.arrays.append(x)
+            return _ARRAY
         if isinstance(x, nnx.Module):
             return _Slot("module", _index_of(x, self.modules))
         if _is_stateful(x):
             return _Slot("object", _index_of(x, self.objects))
-        if is_number(x) or isinstance(x, jax.Array | np.ndarray | np.bool_):
-            self.arrays.append(x)
-            return _Slot("array", None)
         return _Slot("static", x)
 
     def _links(self, obj: Any) -> Any:
@@ -237,7 +240,12 @@ def _join(obj: Any, arrays: Any, numbers: Any) -> None:
 
 
 def _is_stateful(x: Any) -> bool:
-    return isinstance(x, Optimizer | Scheduler | nnx.Module)
+    return _is_stateful_type(type(x))
+
+
+@functools.cache
+def _is_stateful_type(kind: type) -> bool:
+    return issubclass(kind, Optimizer | Scheduler | nnx.Module)
 
 
 def _index_of(x: Any, known: list[Any]) -> int:

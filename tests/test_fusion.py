@@ -16,12 +16,15 @@ import pytest
 from optimizers import OPTIMIZERS, Entry
 
 from cerebras_jax import enable_multi_output_fusion, fusion
+from cerebras_jax.optim import optimizer
+from cerebras_jax.optim.step import take_step
 
 SHAPE = (256, 384)
 
 
-def entry_computation(tx):
-    """The lines of the compiled donating update of one parameter."""
+def program_of_pure(entry):
+    """The compiled donating update of one parameter."""
+    tx = entry.pure(**entry.kwargs)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(state, params, grads):
@@ -29,17 +32,34 @@ def entry_computation(tx):
         return state, optax.apply_updates(params, updates)
 
     params = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
-    program = update.lower(jax.eval_shape(tx.init, params), params, params).compile().as_text()
-    return program[program.index("ENTRY") :].splitlines()
+    return update.lower(jax.eval_shape(tx.init, params), params, params).compile()
 
 
+def program_of_class(entry):
+    """The compiled step of the class."""
+    programs = []
+
+    def compile_only(*args):
+        programs.append(take_step.lower(*args).compile())
+        return args[1], args[2]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "take_step", compile_only)
+        entry.cls({"w": jnp.ones(SHAPE)}, **entry.kwargs).step({"w": jnp.ones(SHAPE)})
+    return programs[0]
+
+
+def entry_computation(program):
+    """Its lines: one for every loop over memory."""
+    text = program.as_text()
+    return text[text.index("ENTRY") :].splitlines()
+
+
+@pytest.mark.parametrize("program", [program_of_pure, program_of_class])
 @pytest.mark.parametrize("entry", OPTIMIZERS, ids=repr)
-def test_nothing_is_copied(entry):
-    copies = [
-        line
-        for line in entry_computation(entry.pure(**entry.kwargs))
-        if "f32[256,384]{1,0} copy(" in line
-    ]
+def test_nothing_is_copied(entry, program):
+    lines = entry_computation(program(entry))
+    copies = [line for line in lines if "f32[256,384]{1,0} copy(" in line]
     # Rprop's three results all read both of its states, and Adadelta's states read the parameter
     # for its weight decay: XLA keeps one array aside.
     assert len(copies) == (entry.name in ("rprop", "adadelta"))
@@ -72,7 +92,7 @@ def report():
     assert fusion.is_enabled()
     loops = {}
     for entry in ONE_LOOP:
-        lines = entry_computation(entry.pure(**entry.kwargs))
+        lines = entry_computation(program_of_pure(entry))
         loops[repr(entry)] = sum(bool(re.search(r"f32\[256,384\].* fusion\(", x)) for x in lines)
     values = {repr(e): trajectory(e) for e in OPTIMIZERS}
     print(json.dumps([os.environ["XLA_FLAGS"], loops, values]))
