@@ -83,6 +83,7 @@ def _choose(text: str | None, known: tuple[str, ...], what: str) -> list[str]:
 @click.option(
     "--multi-output-fusion", is_flag=True, help="Call enable_multi_output_fusion first (CPU)."
 )
+@click.option("--markdown", is_flag=True, help="Print tables of ratios for the documentation.")
 @click.option("--replay", type=Path, help="Show results of an earlier --json; measure nothing.")
 def main(
     suite: str,
@@ -93,6 +94,7 @@ def main(
     case_text: str | None,
     scale: float,
     multi_output_fusion: bool,
+    markdown: bool,
     replay: Path | None,
 ) -> None:
     """Compares cerebras_jax with optax, flax nnx.Optimizer and torch.optim, in one process."""
@@ -104,7 +106,7 @@ def main(
         groups = {}
         for row in rows:
             groups.setdefault((row["case"], row["optimizer"], row["tree"]), []).append(row)
-        for group in groups.values():
+        for group in groups.values() if not markdown else ():
             report.show(group, console)
     else:
         if multi_output_fusion:
@@ -138,6 +140,8 @@ def main(
         console.print(f"{header['seconds']} s in all")
         if json_path is not None:
             json_path.write_text(json.dumps([header, *rows], indent=1) + "\n")
+    if markdown:
+        click.echo(report.markdown(rows))
     if chart is not None:
         report.draw(header, rows, chart)
 

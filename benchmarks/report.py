@@ -59,6 +59,58 @@ def _show_memory(rows: Sequence[Row], title: str, console: Console) -> None:
     console.print(table)
 
 
+def _pivot(rows: Sequence[Row], contender: str, peer: str, down: str, across: str) -> list[str]:
+    """A Markdown table of the medians of ratios; no lines where there are none."""
+    cells = {
+        (r[down], r[across]): r["ratio"][peer]["median"]
+        for r in rows
+        if r["contender"] == contender and peer in r["ratio"]
+    }
+    if not cells:
+        return []
+    columns = list(dict.fromkeys(r[across] for r in rows if (r[down], r[across]) in cells))
+    lines = [f"| {contender} / {peer} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for name in dict.fromkeys(r[down] for r in rows):
+        values = [cells.get((name, column)) for column in columns]
+        if any(v is not None for v in values):
+            shown = ["" if v is None else f"{v:.2f}" for v in values]
+            lines.append(f"| {name} | {' | '.join(shown)} |")
+    return [*lines, ""]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The ratios as tables for a page of the documentation."""
+    lines = []
+    updates = [r for r in rows if r["case"] == "update"]
+    for contender, peer in (
+        ("pure", "optax"),
+        ("pure", "torch"),
+        ("pure", "torch fused"),
+        ("pure", "C"),
+        ("class", "pure"),
+        ("trace", "pure"),
+        ("class", "nnx"),
+    ):
+        lines += _pivot(updates, contender, peer, "optimizer", "tree")
+    for case, pairs in {
+        "training step": [("trace (tree)", "jit + optax"), ("trace (module)", "jit + optax")],
+        "dispatch": [("class", "pure"), ("trace", "pure"), ("pure", "optax"), ("class", "nnx")],
+    }.items():
+        for contender, peer in pairs:
+            chosen = [r for r in rows if r["case"] == case]
+            lines += _pivot(chosen, contender, peer, "case", "tree")
+    phases = [r for r in rows if r["case"] in ("trace", "lower", "compile", "total")]
+    lines += _pivot(phases, "pure", "optax", "case", "tree")
+    extra = [r for r in rows if r["case"] == "memory"]
+    if extra:
+        lines += ["| bytes per parameter above the minimum | first step | later steps |"]
+        lines += ["|---|---:|---:|"]
+        for r in extra:
+            first, later = r["first_step_extra_bytes_per_parameter"], r["extra_bytes_per_parameter"]
+            lines.append(f"| {r['contender']} | {first:.1f} | {later:.1f} |")
+    return "\n".join(lines).strip() + "\n"
+
+
 def draw(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
     """A chart of the pure update on the largest leaf: its time as a multiple of each peer's."""
     import matplotlib

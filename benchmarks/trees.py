@@ -90,11 +90,12 @@ TREES = {
 def values(shapes: Any, seed: int, size: float) -> Any:
     """NumPy arrays of normal random numbers, of standard deviation ``size``."""
     block = np.random.default_rng(seed).standard_normal(1 << 20, np.float32) * np.float32(size)
-    return jax.tree.map(
-        lambda shape: np.resize(block, int(np.prod(shape))).reshape(shape),
-        shapes,
-        is_leaf=_is_shape,
-    )
+
+    def leaf(shape: tuple[int, ...]) -> np.ndarray:
+        n = int(np.prod(shape))
+        return np.array(block[:n] if n <= block.size else np.resize(block, n)).reshape(shape)
+
+    return jax.tree.map(leaf, shapes, is_leaf=_is_shape)
 
 
 def abstract(shapes: Any) -> Any:

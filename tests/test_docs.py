@@ -1,12 +1,14 @@
 """The documentation covers what is there, and what it says can be run."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 import cerebras_jax
+from benchmarks import report
 from cerebras_jax import checks, optim, rule, schedules
 from cerebras_jax.optim import lr_scheduler, weight_decay_scheduler
 
@@ -135,6 +137,15 @@ def test_links_between_pages(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text()):
         source = page.parent / target
         assert source.exists() or source.with_suffix(".md").exists(), target
+
+
+def test_tables_of_benchmarks_show_the_committed_results():
+    page = (DOCS / "benchmarks.md").read_text()
+    tables = re.findall(r"<!-- (\w+\.json) -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert len(tables) == 2
+    for name, shown in tables:
+        _, *rows = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+        assert shown == report.markdown(rows), f"python -m benchmarks --replay {name} --markdown"
 
 
 WITH_CODE = [p for p in PAGES if re.search(r"^```python$", p.read_text(), re.MULTILINE)]

@@ -84,10 +84,10 @@ def rmsprop(
         if s.grad_avg is not None:
             grad_avg = alpha * s.grad_avg + (1 - alpha) * g
             variance = jnp.maximum(square_avg - grad_avg * grad_avg, 0)  # rounding goes below 0
-        step = g / (jnp.sqrt(variance) + eps)
+        scale = jnp.sqrt(variance) + eps
         if s.momentum_buffer is None:
-            return -lr * step, RMSpropState(square_avg, None, grad_avg)
-        b = momentum * s.momentum_buffer + step
+            return -lr * g / scale, RMSpropState(square_avg, None, grad_avg)
+        b = momentum * s.momentum_buffer + g / scale
         return -lr * b, RMSpropState(square_avg, b, grad_avg)
 
     return Rule(init, update)
