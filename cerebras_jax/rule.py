@@ -256,8 +256,10 @@ def _update_leaf(
     rule, u, new = run(numbers, now, g)
     u = store(u, p)
     if fusion.is_enabled():
-        # Apart from each other, neither waits for the other's result, and XLA makes one loop.
-        _, _, new = run(*jax.lax.optimization_barrier((numbers, now)), g)
+        # Each result on its own: none waits for what another also needs, and XLA makes one loop.
+        for k, name in enumerate(new._fields):
+            _, _, apart = run(*_after(g, (numbers, now), k + 1), g)
+            new = new._replace(**{name: getattr(apart, name)})
     elif rule.written_last:
         done = p + u
         for name in rule.written_last:
@@ -288,15 +290,17 @@ def _cast(x: Array, dtype: Any) -> Array:
     return x if x.dtype == dtype and not x.aval.weak_type else x.astype(dtype)
 
 
-def _after(done: Array, tree: Any) -> Any:
-    """The same values, but known only when the array ``done`` is.
+def _after(done: Array, tree: Any, k: int = 0) -> Any:
+    """The same values, but known only when the array ``done`` is, and another expression for
+    every k, so that XLA does not see that they are the same.
 
-    A barrier would say so too, but XLA's CPU backend drops it before it decides what to copy.
+    An optimization barrier would say both, but XLA's CPU backend drops it before it decides what
+    to fuse and what to copy.
     """
     if done.size == 0:
         return tree
     bits = jax.lax.bitcast_convert_type(done.real.ravel()[0].astype(jnp.float32), jnp.uint32)
-    one = 1 + (bits >> 31 >> 1)
+    one = 1 + (bits >> (31 - k) >> (1 + k))  # whatever the bits: all 32 are shifted out
     return jax.tree.map(lambda x: x / one.astype(x.dtype), tree)
 
 
