@@ -123,7 +123,7 @@ def draw(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
     trees = list(dict.fromkeys(r["tree"] for r in updates))
     tree = trees[0] if trees else ""
     chosen = [r for r in updates if r["tree"] == tree]
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.5 * len(chosen)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.36 * len(chosen)), layout="constrained")
     height = 0.8 / len(peers)
     for k, (peer, color) in enumerate(peers.items()):
         for y, row in enumerate(chosen):
@@ -136,12 +136,12 @@ def draw(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
                     height,
                     xerr=error,
                     color=color,
-                    label=f"of {peer}",
+                    label=f"{peer} = 1",
                 )
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(chosen)), [r["optimizer"] for r in chosen])
     axes.invert_yaxis()
-    axes.set_xlabel("time of one update as a multiple of the peer's (shorter is faster)")
+    axes.set_xlabel("time of one update as a multiple of the other library's (shorter is faster)")
     axes.set_title(f"{tree} parameters, float32; {header['machine']}", fontsize=9)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
