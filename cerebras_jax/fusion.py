@@ -44,7 +44,8 @@ def enable_multi_output_fusion() -> None:
             os.environ["XLA_FLAGS"] = before
         raise RuntimeError(
             "XLA does not fuse several results: enable_multi_output_fusion must be called before "
-            f"JAX is used for the first time, and its jaxlib must have the option {_OPTION}"
+            "JAX is used for the first time (start Python, or the notebook's kernel, again), and "
+            f"jaxlib must have the option {_OPTION}"
         )
     _enabled = True
 

@@ -20,7 +20,7 @@ import collections
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, overload
 
 import jax
@@ -97,6 +97,24 @@ NUMBER = _Number()
 
 def _is_hyper_leaf(x: Any) -> bool:
     return x is None or callable(x)
+
+
+def bind(
+    factory: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a factory by name, defaults included.
+
+    Raises:
+      TypeError: what does not fit, and the name of what was called.
+    """
+    try:
+        bound = inspect.signature(factory).bind(*args, **kwargs)
+    except TypeError as error:
+        hints = {"learning_rate": "the learning rate is called lr", "b1": "betas=(b1, b2)"}
+        hint = "".join(f"; {hints[key]}" for key in hints if key in kwargs)
+        raise TypeError(f"{name}: {error}{hint}") from None
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def normalize(hyper: dict[str, Any]) -> dict[str, Any]:
@@ -258,7 +276,8 @@ def _update_leaf(
     if fusion.is_enabled():
         # Each result on its own: none waits for what another also needs, and XLA makes one loop.
         for k, name in enumerate(new._fields):
-            _, _, apart = run(*_after(g, (numbers, now), k + 1), g)
+            own_numbers, own_now = _after(g, (numbers, now), k + 1)
+            _, _, apart = run(own_numbers, own_now, g)
             new = new._replace(**{name: getattr(apart, name)})
     elif rule.written_last:
         done = p + u
@@ -483,9 +502,7 @@ def per_parameter(factory: Callable[P, Rule]) -> PureOptimizer[P]:
 
     @functools.wraps(factory)
     def optimizer(*args: Any, state_dtype: StateDtype = None, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        hyper = normalize(bound.arguments)
+        hyper = normalize(bind(factory, factory.__name__, args, kwargs))
         factory(**hyper)  # pyright: ignore - checks ranges now, at the earliest call
         return optax.GradientTransformationExtraArgs(
             functools.partial(_init_tree, factory, hyper, state_dtype),

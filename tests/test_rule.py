@@ -373,3 +373,14 @@ def test_a_rule_of_ones_own():
     with pytest.raises(ValueError, match="decay must be in"):
         MomentumOfSigns(params, decay=2.0)
     assert opt.state_names_to_sparsify() == ["last"]
+
+
+def test_unknown_arguments_are_named():
+    with pytest.raises(
+        TypeError, match=r"adamw: .*'learning_rate'; the learning rate is called lr"
+    ):
+        optim.adamw(learning_rate=0.1)
+    with pytest.raises(TypeError, match=r"adamw: .*'b1'; betas=\(b1, b2\)"):
+        optim.adamw(b1=0.9, b2=0.95)
+    with pytest.raises(TypeError, match="the parameters must be a tree of arrays.*found generator"):
+        optim.AdamW(x for x in [jnp.ones(2)])

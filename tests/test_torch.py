@@ -270,6 +270,30 @@ def test_states_go_back_in_torchs_order():
         opt.torch_state_dict(["weight"])
 
 
+def test_groups_go_back_in_torchs_order():
+    params = {"a.weight": jnp.ones((2, 2)), "b.weight": jnp.ones((2, 2))}
+    groups = optim.param_groups(params, [{"params": ["b*"], "weight_decay": 0.5}])
+    opt = optim.SGD(groups, lr=0.1, momentum=0.9)
+    opt.step({"a.weight": jnp.ones((2, 2)), "b.weight": jnp.full((2, 2), 3.0)})
+    a, b = (torch.ones(2, 2, requires_grad=True) for _ in range(2))
+    theirs = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.2, momentum=0.9)
+    theirs.load_state_dict(opt.torch_state_dict(["a.weight", "b.weight"]))
+    assert [g["weight_decay"] for g in theirs.param_groups] == [0.0, 0.5]
+    assert float(theirs.state[a]["momentum_buffer"][0, 0]) == 1.0
+    assert float(theirs.state[b]["momentum_buffer"][0, 0]) == 3.5
+
+    one_group = {"x": jnp.ones(1), "y": jnp.ones(1), "z": jnp.ones(1)}
+    split = optim.SGD(optim.param_groups(one_group, [{"params": ["y"], "lr": 1.0}]), lr=0.1)
+    with pytest.raises(ValueError, match="param_names must list group after group"):
+        split.torch_state_dict(["x", "y", "z"])
+
+
+def test_schedules_do_not_go_back():
+    opt = optim.AdamW({"w": jnp.ones(2)}, betas=(0.9, lambda t: 0.99))
+    with pytest.raises(ValueError, match=r"betas is a schedule.*torch needs a number"):
+        opt.torch_state_dict()
+
+
 def test_bfloat16_tensors():
     w = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
     theirs = torch.optim.SGD([w], lr=0.1, momentum=0.9)

@@ -142,6 +142,13 @@ def test_an_interrupt_waits_until_the_buffers_have_changed_hands():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_module_from_outside_is_refused():
+    opt = optim.SGD(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), lr=0.1)
+    step = cjax.trace(lambda x: opt.step(lambda m: m(x).sum()))
+    with pytest.raises(RuntimeError, match="make the optimizer an argument"):
+        step(jnp.ones((4, 2)))
+
+
 class Net(nnx.Module):
     def __init__(self, rngs):
         self.inner = nnx.Linear(2, 8, rngs=rngs)

@@ -78,8 +78,10 @@ def test_a_run(tmp_path, text):
 
 
 def test_options_override_the_config(tmp_path, text):
-    result, out = invoke(tmp_path, CONFIG, "--data", str(text / "0.txt"), "--steps", "3")
+    config = {**CONFIG, "runconfig": {"max_steps": 40}}
+    result, out = invoke(tmp_path, config, "--data", str(text / "0.txt"), "--steps", "3")
     assert result.exit_code == 0, result.output
+    assert "Not used: runconfig; see --steps" in result.output
     assert yaml.safe_load((out / "config.yaml").read_text())["train"]["steps"] == 3
     assert "3 steps of 4 x 16 bytes" in result.output
 

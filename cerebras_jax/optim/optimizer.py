@@ -16,7 +16,7 @@ from flax import nnx
 from cerebras_jax.checks import check, is_traced
 from cerebras_jax.interrupts import deferred_interrupts
 from cerebras_jax.optim.param_groups import ParamGroups, is_group_list
-from cerebras_jax.optim.sources import ModuleSource, Source, TreeSource, make_source
+from cerebras_jax.optim.sources import FROM_OUTSIDE, ModuleSource, Source, TreeSource, make_source
 from cerebras_jax.optim.state_dict import (
     check_group,
     check_keys,
@@ -32,6 +32,7 @@ from cerebras_jax.rule import (
     GroupClock,
     PureOptimizer,
     StateDtype,
+    bind,
     check_buffers,
     check_grads,
     combine,
@@ -526,13 +527,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
         state_dtype: StateDtype = None,
         **kwargs: Any,
     ):
-        signature = inspect.signature(self.pure.rule)
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            hint = "; the learning rate is called lr" if "learning_rate" in kwargs else ""
-            raise TypeError(f"{type(self).__name__}: {error}{hint}") from None
-        bound.apply_defaults()
+        arguments = bind(self.pure.rule, type(self).__name__, args, kwargs)
         self._state_dtype = state_dtype
         self._states: list[list[Any]] = []
         self._clocks: list[GroupClock] = []
@@ -540,7 +535,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
         self._last_plan: Plan | None = None
         super().__init__(
             params,
-            bound.arguments,
+            arguments,
             enable_global_step=(
                 self.counts_steps if enable_global_step is None else enable_global_step
             ),
@@ -635,10 +630,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
         if not any(is_traced(g) for g in grads[:1]):
             return
         if not any(is_traced(x) for x in [*params, *(c.count for c in self._clocks)]):
-            raise RuntimeError(
-                "step was called in a traced function on an optimizer from outside it; make the "
-                "optimizer an argument of a function decorated with cerebras_jax.trace"
-            )
+            raise RuntimeError(FROM_OUTSIDE)
 
     # --- hyper-parameters --------------------------------------------------------------------
 
@@ -768,23 +760,35 @@ class RuleOptimizer(Optimizer, Generic[P]):
         if its parameters hold the same values.
 
         Args:
-          param_names: our names in the order in which torch has its parameters, to which it
-            assigns states by position; by default our own order, which for dicts is sorted.
+          param_names: our names in the order in which torch has its parameters, group after
+            group; torch assigns states by position. By default our own order, which for dicts
+            is sorted.
 
         Raises:
           ImportError: if torch is not installed.
-          ValueError: if ``param_names`` are not the names of all parameters.
+          ValueError: if ``param_names`` are not the names of all parameters, group after group,
+            or a group's value is a schedule, which torch has not.
         """
-        place = {n: i for i, n in enumerate(self._names if param_names is None else param_names)}
-        if sorted(place) != sorted(self._names):
-            raise ValueError(f"param_names must be {sorted(self._names)}, got {sorted(place)}")
+        own_order = [name for group in self.param_groups for name in group["params"]]
+        order = own_order if param_names is None else list(param_names)
+        if sorted(order) != sorted(self._names):
+            raise ValueError(f"param_names must be {sorted(self._names)}, got {sorted(order)}")
+        place = {name: i for i, name in enumerate(order)}
+        in_order = sorted(
+            self.param_groups, key=lambda g: min(map(place.__getitem__, g["params"]), default=0)
+        )
         entries = dict(zip(self._names, self._full_entries(), strict=True))
         back = {ours: theirs for theirs, ours in self.torch_names.items()}
         state, groups = {}, []
-        for group in self.param_groups:
+        for group in in_order:
             names = sorted(group["params"], key=place.__getitem__)
+            if names != order[len(state) : len(state) + len(names)]:
+                raise ValueError(f"param_names must list group after group, got {order}")
             numbers = range(len(state), len(state) + len(names))
             values = {back.get(k, k): plain_value(v) for k, v in group.items()}
+            for key, value in values.items():
+                if any(callable(x) for x in jax.tree.leaves(value)):
+                    raise ValueError(f"{key} is a schedule, {value!r}; torch needs a number")
             groups.append(
                 {**values, **self.torch_flags, "params": [*numbers], "param_names": names}
             )

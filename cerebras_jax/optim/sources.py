@@ -3,7 +3,7 @@
 Both show the same face: dotted names and a flat list of arrays in one fixed order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,21 @@ from flax import nnx
 from cerebras_jax.rule import align, as_array, check_params, leaf_paths
 from cerebras_jax.types import Array
 
+FROM_OUTSIDE = (
+    "step was called in a traced function on an optimizer from outside it; make the optimizer an "
+    "argument of a function decorated with cerebras_jax.trace"
+)
+
 
 class TreeSource:
     """A pytree of arrays. The source holds the current arrays; ``tree()`` builds the tree."""
 
     def __init__(self, tree: Any):
+        if isinstance(tree, Iterator):
+            raise TypeError(
+                "the parameters must be a tree of arrays, an nnx.Module, or a list of groups, "
+                f"found {type(tree).__name__}"
+            )
         leaves, self.treedef = jax.tree.flatten(tree)
         self.names = leaf_paths(tree)
         check_params(leaves, lambda: self.names)
@@ -101,7 +111,12 @@ class ModuleSource:
 
     def value_and_grad(self, closure: Callable[[Any], Any], has_aux: bool) -> tuple[Any, Any]:
         wrt = nnx.DiffState(0, nnx.Param)
-        return nnx.value_and_grad(closure, argnums=wrt, has_aux=has_aux)(self.module)
+        try:
+            return nnx.value_and_grad(closure, argnums=wrt, has_aux=has_aux)(self.module)
+        except ValueError as error:
+            if "different trace level" not in str(error):
+                raise
+            raise RuntimeError(FROM_OUTSIDE) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self.module}

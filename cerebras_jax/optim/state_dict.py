@@ -120,7 +120,7 @@ def load_array(name: str, entry: Any, ours: Mapping[str, Any]) -> dict[str, Any]
         if value.shape != np.shape(like):
             raise ValueError(
                 f"state {key!r} of parameter {name!r} has shape {value.shape}, "
-                f"expected {np.shape(like)}"
+                f"expected {np.shape(like)}; without param_names, position decides which is which"
             )
         if isinstance(like, jax.Array):
             result[key] = jax.device_put(jnp.array(value, like.dtype, copy=True), like.sharding)

@@ -96,5 +96,8 @@ def _load(
         for entry in values["optimizer"]["learning_rate"]:
             share = entry["total_iters"] / values["train"]["steps"]
             entry["total_iters"] = max(1, round(share * given["steps"]))
+    unused = [k for k in ("runconfig", "train_input", "eval_input", "model") if k in values]
+    if unused:
+        click.echo(f"Not used: {', '.join(unused)}; see --steps and --batch-size", err=True)
     settings = TrainSettings.from_config({**(values.get("train") or {}), **given})
     return values, settings, _quiet_recipe(values)
