@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -72,6 +73,11 @@ def _choose(text: str | None, known: tuple[str, ...], what: str) -> list[str]:
     return picked
 
 
+def _write(path: Path, objects: list[dict[str, Any]]) -> None:
+    """A JSON list with one object in each line."""
+    path.write_text("[\n" + ",\n".join(map(json.dumps, objects)) + "\n]\n")
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--suite", type=click.Choice(["quick", "full"]), default="quick")
 @click.option("--json", "json_path", type=Path, help="Write the results there.")
@@ -135,11 +141,11 @@ def main(
             console.print(f"{title}: {time.perf_counter() - begun:.0f} s\n")
             rows += done
             if json_path is not None:  # after every case: an interrupted run keeps what it has
-                json_path.write_text(json.dumps([header, *rows], indent=1) + "\n")
+                _write(json_path, [header, *rows])
         header["seconds"] = round(time.perf_counter() - start, 1)
         console.print(f"{header['seconds']} s in all")
         if json_path is not None:
-            json_path.write_text(json.dumps([header, *rows], indent=1) + "\n")
+            _write(json_path, [header, *rows])
     if markdown:
         click.echo(report.markdown(rows))
     if chart is not None:
