@@ -273,13 +273,14 @@ def _update_leaf(
     g = g.astype(p.dtype) if is_complex else g
     rule, u, new = run(numbers, now, g)
     u = store(u, p)
-    if fusion.is_enabled():
+    on_one_cpu = _is_on_one_cpu(p)  # XLA's other backends fuse several results by themselves
+    if on_one_cpu and fusion.is_enabled():
         # Each result on its own: none waits for what another also needs, and XLA makes one loop.
         for k, name in enumerate(new._fields):
             own_numbers, own_now = _after(g, (numbers, now), k + 1)
             _, _, apart = run(own_numbers, own_now, g)
             new = new._replace(**{name: getattr(apart, name)})
-    elif rule.written_last:
+    elif on_one_cpu and rule.written_last:
         done = p + u
         for name in rule.written_last:
             _, _, later = run(*_after(done, (numbers, now, g)))
@@ -309,6 +310,11 @@ def _cast(x: Array, dtype: Any) -> Array:
     return x if x.dtype == dtype and not x.aval.weak_type else x.astype(dtype)
 
 
+def _is_on_one_cpu(p: Array) -> bool:
+    """Whether an element of p is at hand for `_after`: p is neither empty nor known as sharded."""
+    return p.size > 0 and jax.default_backend() == "cpu" and jax.typeof(p).sharding.mesh.empty
+
+
 def _after(done: Array, tree: Any, k: int = 0) -> Any:
     """The same values, but known only when the array ``done`` is, and another expression for
     every k, so that XLA does not see that they are the same.
@@ -316,8 +322,6 @@ def _after(done: Array, tree: Any, k: int = 0) -> Any:
     An optimization barrier would say both, but XLA's CPU backend drops it before it decides what
     to fuse and what to copy.
     """
-    if done.size == 0:
-        return tree
     bits = jax.lax.bitcast_convert_type(done.real.ravel()[0].astype(jnp.float32), jnp.uint32)
     one = 1 + (bits >> (31 - k) >> (1 + k))  # whatever the bits: all 32 are shifted out
     return jax.tree.map(lambda x: x / one.astype(x.dtype), tree)
