@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+import cerebras_jax
 from benchmarks.timing import Contender
 from cerebras_jax import optim
 
@@ -129,8 +130,6 @@ class _Leaves(nnx.Module):
 
 def traced(spec: Spec, params: Any, grads: Any) -> Contender:
     """``opt.step(grads)`` in a function under `cerebras_jax.trace`."""
-    import cerebras_jax
-
     opt = spec.class_form(own(params))
 
     @cerebras_jax.trace

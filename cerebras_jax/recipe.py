@@ -28,6 +28,7 @@ from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.optim.sources import make_source
+from cerebras_jax.optim.step import Clipping
 from cerebras_jax.optim.weight_decay_scheduler import WeightDecayScheduler
 
 # Read here or by the training loop, so that the optimizer need not warn of them.
@@ -94,7 +95,8 @@ class Recipe:
             return jax.tree.structure(tree).unflatten(labels)
 
         update = parts["0"] if len(parts) == 1 else optax.partition(parts, label_tree)
-        return optax.chain(*self._clipping(), update)
+        clipping = Clipping(self.max_gradient_norm, self.max_gradient_value)
+        return optax.chain(*clipping.links(), update)
 
     def _values_of(self, groups: ParamGroups) -> list[dict[str, Any]]:
         """The hyper-parameters of each group, schedules in place of what they drive."""
@@ -115,14 +117,6 @@ class Recipe:
                     )
             result.append(values)
         return result
-
-    def _clipping(self) -> list[optax.GradientTransformation]:
-        links = []
-        if self.max_gradient_norm is not None:
-            links.append(optax.clip_by_global_norm(self.max_gradient_norm))
-        if self.max_gradient_value is not None:
-            links.append(optax.clip(self.max_gradient_value))
-        return links
 
     def schedule(self, key: str = "lr") -> Callable[[Any], Any]:
         """The pure schedule of ``"lr"`` or ``"weight_decay"``: the constant if none drives it."""

@@ -209,6 +209,10 @@ class Optimizer(ABC):
             source.values = list(values[start:stop])
             start = stop
 
+    def _grouped_names(self) -> list[str]:
+        """Names in the order of the groups, which is the order of a state dict."""
+        return [name for group in self.param_groups for name in group["params"]]
+
     def _index(self, name: str) -> int:
         try:
             return self._names.index(name)
@@ -346,7 +350,7 @@ class Optimizer(ABC):
           "params": [0, ...], "param_names": ["dense.bias", ...]}, ...]}``; parameters are
           numbered in the order of the groups.
         """
-        order = [name for group in self.param_groups for name in group["params"]]
+        order = self._grouped_names()
         entries = dict(zip(self._names, self._entries(), strict=True))
         number = {name: i for i, name in enumerate(order)}
         groups = [
@@ -769,8 +773,7 @@ class RuleOptimizer(Optimizer, Generic[P]):
           ValueError: if ``param_names`` are not the names of all parameters, group after group,
             or a group's value is a schedule, which torch has not.
         """
-        own_order = [name for group in self.param_groups for name in group["params"]]
-        order = own_order if param_names is None else list(param_names)
+        order = self._grouped_names() if param_names is None else list(param_names)
         if sorted(order) != sorted(self._names):
             raise ValueError(f"param_names must be {sorted(self._names)}, got {sorted(order)}")
         place = {name: i for i, name in enumerate(order)}

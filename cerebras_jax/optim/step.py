@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cerebras_jax.checks import is_traced
-from cerebras_jax.rule import GroupClock, Rule, check_grads, update_group
+from cerebras_jax.rule import GroupClock, Rule, as_array, check_grads, update_group
 from cerebras_jax.types import Array
 
 
@@ -78,7 +78,7 @@ def take_step(
     parameters in the buffer of a moment would cost a copy.
     """
     check_grads(grads, params, lambda: plan.names)
-    grads = [None if g is None else jnp.asarray(g) for g in grads]
+    grads = [None if g is None else as_array(g) for g in grads]
     for clip in clipping.links():
         grads = cast(list, clip.update(grads, clip.init(grads))[0])
     new_params = list(params)
