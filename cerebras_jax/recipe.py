@@ -28,7 +28,7 @@ from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.optim.sources import make_source
-from cerebras_jax.optim.step import Clipping
+from cerebras_jax.transforms.clipping import clip
 from cerebras_jax.optim.weight_decay_scheduler import WeightDecayScheduler
 
 # Read here or by the training loop, so that the optimizer need not warn of them.
@@ -89,14 +89,15 @@ class Recipe:
             for i, values in enumerate(self._values_of(groups))
         }
         label = {name: str(i) for i, group in enumerate(groups) for name in group["params"]}
-        labels = [label[name] for name in groups.source.names]
+        labels = [label[name] for name in groups.names]
 
         def label_tree(tree: Any) -> Any:
             return jax.tree.structure(tree).unflatten(labels)
 
         update = parts["0"] if len(parts) == 1 else optax.partition(parts, label_tree)
-        clipping = Clipping(self.max_gradient_norm, self.max_gradient_value)
-        return optax.chain(*clipping.links(), update)
+        if self.max_gradient_norm is None and self.max_gradient_value is None:
+            return optax.chain(update)
+        return optax.chain(clip(self.max_gradient_norm, self.max_gradient_value), update)
 
     def _values_of(self, groups: ParamGroups) -> list[dict[str, Any]]:
         """The hyper-parameters of each group, schedules in place of what they drive."""
@@ -190,8 +191,8 @@ def _probe(groups: ParamGroups | None) -> Optimizer:
     nothing = jnp.zeros((0,))
     if groups is None:
         return optim.SGD(nothing, lr=0.0)
-    tree = {name: jnp.zeros((0,)) for name in groups.source.names}
-    return optim.SGD(ParamGroups(make_source(tree), groups), lr=0.0)
+    tree = {name: jnp.zeros((0,)) for name in groups.names}
+    return optim.SGD(ParamGroups(tree, groups), lr=0.0)
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
