@@ -79,9 +79,7 @@ class Stateful:
         static = freeze(self._attributes(), parts.arrays, parts.refs)
         return parts._replace(static=(type(self), static))
 
-    def restore(
-        self, arrays: list[Any], numbers: list[Any], refs: list[Any] | None = None
-    ) -> None:
+    def restore(self, arrays: list[Any], numbers: list[Any], refs: list[Any] | None = None) -> None:
         """Puts other arrays and numbers, and other references if given, in their places."""
         fill = Fill(iter(arrays), None if refs is None else iter(refs))
         for name, value in self._attributes().items():

@@ -75,7 +75,9 @@ def _is_whole(parameter: inspect.Parameter | None, value: Any) -> bool:
     default = parameter.default
     by_default = isinstance(default, int) and not isinstance(default, bool)
     annotation = str(parameter.annotation)
-    return by_default or (isinstance(value, int) and "int" in annotation and "float" not in annotation)
+    return by_default or (
+        isinstance(value, int) and "int" in annotation and "float" not in annotation
+    )
 
 
 def adopt(factory: Factory, hyper: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
@@ -104,15 +106,15 @@ def adopt(factory: Factory, hyper: Mapping[str, Any]) -> optax.GradientTransform
         if all(absent) and absent:
             return treedef.unflatten([-jnp.zeros_like(p) for p in p_leaves]), state
         pairs = zip(g_leaves, p_leaves, strict=True)
-        filled = treedef.unflatten([jnp.zeros_like(p) if g is None else as_array(g) for g, p in pairs])
+        filled = treedef.unflatten(
+            [jnp.zeros_like(p) if g is None else as_array(g) for g, p in pairs]
+        )
         updates, new = tx.update(filled, state, params, **extra)
         if any(absent):
             held = treedef.unflatten(absent)
             keep = lambda new, old, held: old if held else new  # noqa: E731
             new = optax.tree.map_params(tx, keep, new, state, held)
-            updates = jax.tree.map(
-                lambda u, held: -jnp.zeros_like(u) if held else u, updates, held
-            )
+            updates = jax.tree.map(lambda u, held: -jnp.zeros_like(u) if held else u, updates, held)
         return updates, new
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
@@ -142,6 +144,8 @@ def owners(factory: Factory, hyper: Mapping[str, Any], state: Any, names: Any) -
             names,
             transform_non_params=lambda _: _Owner(None),
         )
-    except Exception:  # an init that computes with the parameters: then no state is known to be theirs
+    except (
+        Exception
+    ):  # an init that computes with the parameters: then no state is known to be theirs
         return [None] * len(jax.tree.leaves(state))
     return [x.name for x in jax.tree.leaves(marked)]

@@ -140,14 +140,14 @@ def lift(
         leaves, treedef = jax.tree.flatten(params)
         check_params(leaves, lambda: leaf_paths(params))
         rule = factory(**hypers.at_step(hyper, 0))
-        kind = type(jax.eval_shape(rule.init, jax.ShapeDtypeStruct((), jnp.float32)))
-        check_state_dtype(getattr(kind, "_fields", ()), state_dtype)
         rows = [init_leaf(rule, state_dtype, as_array(p)) for p in leaves]
+        kind = type(rows[0] if rows else _scalar_state(rule))
+        check_state_dtype(kind._fields, state_dtype)
         shape = (len(leaves),) if per_leaf_clocks else ()
         return RuleState(
             count=jnp.zeros(shape, jnp.int32),
             clock=jax.tree.map(lambda x: jnp.full(shape, hypers.as_number(x)), rule.clock),
-            states=_columns(kind, treedef, rows),
+            states=_columns(kind, treedef, rows) if rows else _no_rows(rule, treedef),
         )
 
     def update(
@@ -162,7 +162,10 @@ def lift(
         check_params(p_leaves, names)
         check_grads(g_leaves, p_leaves, names)
         rows = _rows(state.states, treedef, names)
-        now_hyper = {**hyper, **_checked_overrides(factory, hyper, overrides, state, rows, p_leaves)}
+        now_hyper = {
+            **hyper,
+            **_checked_overrides(factory, hyper, overrides, state, rows, p_leaves),
+        }
 
         present = np.array([g is not None for g in g_leaves], bool)
         scalars_of, count, clock = _tick(factory, now_hyper, state, present, same)
@@ -230,14 +233,37 @@ def _columns(kind: Any, treedef: Any, rows: list[Any]) -> Any:
     """One NamedTuple of trees from one NamedTuple per parameter."""
     columns = ([getattr(row, name) for row in rows] for name in kind._fields)
     return kind(
-        *(None if all(x is None for x in column) else treedef.unflatten(column) for column in columns)
+        *(
+            None if all(x is None for x in column) else treedef.unflatten(column)
+            for column in columns
+        )
+    )
+
+
+def _scalar_state(rule: Rule, shape: tuple[int, ...] = ()) -> Any:
+    return jax.eval_shape(
+        lambda p: init_leaf(rule, None, p), jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+
+
+def _no_rows(rule: Rule, treedef: Any) -> Any:
+    """The states of a tree without leaves, such as the placeholder of `optax.tree.map_params`:
+    those that a scalar or a matrix would have."""
+    scalar, matrix = _scalar_state(rule), _scalar_state(rule, (2, 2))
+    return type(scalar)(
+        *(
+            None if a is None and b is None else treedef.unflatten([])
+            for a, b in zip(scalar, matrix, strict=True)
+        )
     )
 
 
 def _rows(states: Any, treedef: Any, names: Callable[[], Sequence[str]]) -> list[Any]:
     """The inverse of `_columns`."""
     columns = [
-        [None] * treedef.num_leaves if tree is None else align(treedef, tree, f"state {name!r}", names)
+        [None] * treedef.num_leaves
+        if tree is None
+        else align(treedef, tree, f"state {name!r}", names)
         for name, tree in fields(states)
     ]
     kind = type(states)

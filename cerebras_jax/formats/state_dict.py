@@ -208,14 +208,18 @@ def _load_one(key: str, name: str, value: Any, like: Any) -> Any:
     if array.dtype == object or not (
         jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool
     ):
-        raise TypeError(f"state {key!r} of parameter {name!r} must be an array, got {_short(value)}")
+        raise TypeError(
+            f"state {key!r} of parameter {name!r} must be an array, got {_short(value)}"
+        )
     if array.shape != np.shape(like):
         raise ValueError(
             f"state {key!r} of parameter {name!r} has shape {array.shape}, "
             f"expected {np.shape(like)}; without param_names, position decides which is which"
         )
     if jnp.issubdtype(array.dtype, jnp.complexfloating) and not jnp.iscomplexobj(like):
-        raise TypeError(f"state {key!r} of parameter {name!r} is {array.dtype}, expected {like.dtype}")
+        raise TypeError(
+            f"state {key!r} of parameter {name!r} is {array.dtype}, expected {like.dtype}"
+        )
     if isinstance(like, jax.Array):
         return jax.device_put(jnp.array(array, like.dtype, copy=True), like.sharding)
     return np.array(array)
@@ -226,7 +230,9 @@ def load_shared(given: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
     if given is None and not ours:
         return {}
     if given is None:
-        raise ValueError(f"the state dict lacks 'around', the states {sorted(ours)[:5]} of wrappers")
+        raise ValueError(
+            f"the state dict lacks 'around', the states {sorted(ours)[:5]} of wrappers"
+        )
     if not isinstance(given, Mapping):
         raise TypeError(f"'around' must be a dict, got {_short(given)}")
     missing, extra = sorted(set(ours) - set(given)), sorted(map(str, set(given) - set(ours)))

@@ -121,7 +121,9 @@ def _last_attribute(path: Any) -> str | None:
     return names[-1] if names else None
 
 
-def read(leaves: Sequence[Array], places: Mapping[str, Place], host: dict[int, Any]) -> dict[str, Any]:
+def read(
+    leaves: Sequence[Array], places: Mapping[str, Place], host: dict[int, Any]
+) -> dict[str, Any]:
     """The values at these places.
 
     Args:

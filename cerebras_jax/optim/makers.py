@@ -36,9 +36,7 @@ class RuleMaker:
         self, hyper: Mapping[str, Any], state_dtype: StateDtype, same: Sequence[int] | None
     ) -> optax.GradientTransformationExtraArgs:
         """The pair; see `lift`."""
-        return lift(
-            self.factory, hyper, state_dtype=state_dtype, per_leaf_clocks=True, same=same
-        )
+        return lift(self.factory, hyper, state_dtype=state_dtype, per_leaf_clocks=True, same=same)
 
     def owners(self, hyper: Mapping[str, Any], state: Any, names: Any) -> list[str | None]:
         """Whose the leaves of a state are."""

@@ -564,7 +564,9 @@ class Optimizer(Stateful, ABC):
 
     def is_traced(self) -> bool:
         """Whether its parameters are tracers, as within `trace` or ``jax.jit``."""
-        return any(is_traced(x) for i in range(len(self._sources)) for x in self._source_values(i)[:1])
+        return any(
+            is_traced(x) for i in range(len(self._sources)) for x in self._source_values(i)[:1]
+        )
 
     def schedule_value(self, i: int, key: str) -> None:
         """Says that a value of group ``i`` will change, so that its zero is an argument too."""
@@ -645,8 +647,8 @@ class Optimizer(Stateful, ABC):
         )
 
 
-
 # --- helpers -------------------------------------------------------------------------------------
+
 
 def _values_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return normalize({k: v for k, v in group.items() if k != "params"})

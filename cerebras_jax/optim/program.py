@@ -141,13 +141,13 @@ def _take_step(
     )
     leaves, structure = jax.tree.flatten(new_state)
     if structure != plan.state:
-        raise ValueError(f"a step must keep the structure of the state {plan.state}, got {structure}")
+        raise ValueError(
+            f"a step must keep the structure of the state {plan.state}, got {structure}"
+        )
     leaves = [jnp.asarray(new, old.dtype) for new, old in zip(leaves, state, strict=True)]
     new_params = [
         p if i in absent else (p + u).astype(p.dtype)
-        for i, (p, u) in enumerate(
-            zip(params, plan.params.flatten_up_to(updates), strict=True)
-        )
+        for i, (p, u) in enumerate(zip(params, plan.params.flatten_up_to(updates), strict=True))
     ]
     return leaves, new_params
 

@@ -75,7 +75,14 @@ class ShellOptimizer(Optimizer, Generic[P]):
     counts_steps: ClassVar[bool] = False
     states_to_sparsify: ClassVar[tuple[str, ...]] = ()
     transient = (*Optimizer.transient, "_cache")
-    _special = Optimizer._special | {"_state", "_structure", "_groups", "_same", "_checked", "_keys"}
+    _special = Optimizer._special | {
+        "_state",
+        "_structure",
+        "_groups",
+        "_same",
+        "_checked",
+        "_keys",
+    }
     _special |= {"defaults"}
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -182,7 +189,9 @@ class ShellOptimizer(Optimizer, Generic[P]):
         values, statics = [], []
         for i, hyper in enumerate(self._checked_hyper()):
             live = {key for j, key in self._live if j == i}
-            mine, marks = numbers.split(hyper, lambda key, v, live=live: self._is_live(key, v, live))
+            mine, marks = numbers.split(
+                hyper, lambda key, v, live=live: self._is_live(key, v, live)
+            )
             self._remember_live(i, marks)
             values.append([as_argument(x) for x in mine])
             statics.append(marks)
@@ -571,7 +580,9 @@ def optimizer_of(
     >>> opt.step({"w": jnp.array([1.0])})
     """
     if not callable(factory):
-        raise TypeError(f"optimizer_of takes a function that returns an optax pair, got {factory!r}")
+        raise TypeError(
+            f"optimizer_of takes a function that returns an optax pair, got {factory!r}"
+        )
     if hasattr(factory, "rule"):
         return shell_of(ShellOptimizer, cast(Any, factory))
     name = getattr(factory, "__name__", "optimizer")

@@ -83,9 +83,7 @@ def grouped(
     def init(params: Params) -> GroupedState:
         treedef, names, owner = split(params)
         leaves = jax.tree.leaves(params)
-        states = tuple(
-            pair.init(only(i, treedef, leaves, owner)) for i, pair in enumerate(pairs)
-        )
+        states = tuple(pair.init(only(i, treedef, leaves, owner)) for i, pair in enumerate(pairs))
         of_group = tuple(
             tuple(n for n, g in zip(names, owner, strict=True) if g == i) for i in range(len(pairs))
         )
@@ -101,7 +99,10 @@ def grouped(
         if params is None:
             raise ValueError("update needs the parameters: call update(grads, state, params)")
         treedef, names, owner = split(params)
-        p_leaves, g_leaves = jax.tree.leaves(params), align(treedef, grads, "the gradients", lambda: names)
+        p_leaves, g_leaves = (
+            jax.tree.leaves(params),
+            align(treedef, grads, "the gradients", lambda: names),
+        )
         updates: list[Any] = [None] * len(names)
         states = []
         for i, (pair, s) in enumerate(zip(pairs, state.states, strict=True)):
