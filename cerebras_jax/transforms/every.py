@@ -98,4 +98,4 @@ def every(
         due = count >= (k(state.steps) if callable(k) else k)
         return branch(due, take, hold)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
