@@ -140,7 +140,7 @@ class LossScaling:
 
         A step that was held back for another reason, such as a spike, is finite.
         """
-        overflow = 1 - jnp.asarray(finite).astype(jnp.int32)
+        overflow = jnp.logical_not(finite).astype(jnp.int32)
         skipped = state.num_skipped_steps + overflow
         if not self.is_dynamic:
             return state._replace(num_skipped_steps=skipped)
