@@ -288,7 +288,7 @@ def _part_of_batch(plan: _Plan, graphdef: Any, with_grads: bool, params: Any, sc
         if graphdef is None:
             loss, weight, aux = plan.terms(plan.loss_fn(params, batch))
         else:
-            module = nnx.merge(graphdef, params, rest)
+            module = nnx.merge(graphdef, params, rest, copy=True)
             loss, weight, aux = plan.terms(plan.loss_fn(module, batch))
             after, _, rest = nnx.split(module, nnx.Param, ...)
             if after != graphdef:
