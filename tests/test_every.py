@@ -45,7 +45,7 @@ def test_equals_steps_with_the_mean_gradient(entry):
     chex.assert_trees_all_close(params, expected, rtol=2e-6, atol=1e-7)
     chex.assert_trees_all_close(state.inner, inner, rtol=2e-6, atol=1e-7)
     assert (int(state.count), int(state.steps), int(state.inner.count)) == (0, 3, 3)
-    assert not any(np.any(x) for x in jax.tree.leaves(state.total))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, every(tx, 3).init(PARAMS))
 
 
 @pytest.mark.parametrize("jit", [True, False])

@@ -18,7 +18,7 @@ class EveryState(NamedTuple):
     Attributes:
       inner: the state of the inner optimizer.
       total: the sum of the gradients of this group so far; like the parameters, in at least
-        float32.
+        float32. Of no meaning while ``count`` is 0.
       count: int32 scalar, how many they are.
       steps: int32 scalar, the steps of the inner optimizer so far.
     """
@@ -36,7 +36,7 @@ def every(
 
     The calls between return updates of -0.0, which change no parameter, and leave the inner state
     alone: its clock and its schedules count steps, not calls. The sum is kept in at least float32
-    and set to zero after the step, so a NaN ends with its group; around `skip_nonfinite` it costs
+    and begins anew after the step, so a NaN ends with its group; around `skip_nonfinite` it costs
     the group and nothing else. None gradients stay None.
 
     Unlike ``optax.MultiSteps``, the inner update runs only when it is due, and nothing is
@@ -78,24 +78,25 @@ def every(
     ) -> tuple[Any, EveryState]:
         count = state.count + 1
 
-        def plus(total: Array, g: Any) -> Array:
+        def add(total: Array, g: Any) -> Array:
+            total = jnp.where(state.count > 0, total, 0)  # a select: what is left may be NaN
             return total if g is None else total + g.astype(total.dtype)
 
-        def take() -> tuple[Any, EveryState]:
-            mean = jax.tree.map(
-                lambda total, g: None if g is None else plus(total, g) / count.astype(total.dtype),
-                state.total,
-                updates,
-            )
-            out, new = inner.update(mean, state.inner, params, **extra)
-            zeros = jax.tree.map(jnp.zeros_like, state.total)
-            return out, EveryState(new, zeros, jnp.zeros_like(count), state.steps + 1)
+        def mean(total: Array, g: Any) -> Array | None:
+            return None if g is None else total / count.astype(total.dtype)
 
-        def hold() -> EveryState:
-            total = jax.tree.map(plus, state.total, updates)
-            return EveryState(state.inner, total, count, state.steps)
+        total = jax.tree.map(add, state.total, updates)
 
-        due = count >= (k(state.steps) if callable(k) else k)
-        return branch(due, take, hold)
+        def take() -> tuple[Any, Any]:
+            return inner.update(jax.tree.map(mean, total, updates), state.inner, params, **extra)
+
+        due = count >= jnp.asarray(k(state.steps) if callable(k) else k)
+        out, new_inner = branch(due, take, lambda: state.inner)
+        return out, EveryState(
+            inner=new_inner,
+            total=total,
+            count=jnp.where(due, 0, count),
+            steps=state.steps + due,
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
