@@ -52,7 +52,7 @@ def typed(tree, dtype):
 
 
 @pytest.mark.parametrize(("x64", "rtol"), [(True, 1e-12), (False, 2e-6)])
-@pytest.mark.parametrize("steps", [1, 2, 4, 12])
+@pytest.mark.parametrize("steps", [1, 4, 12])
 @pytest.mark.parametrize(("reduce", "loss_fn"), [("mean", mean_loss), ("sum", sum_loss)])
 def test_equals_the_large_batch(reduce, loss_fn, steps, x64, rtol):
     with jax.enable_x64(x64):
@@ -68,7 +68,7 @@ def test_equals_the_large_batch(reduce, loss_fn, steps, x64, rtol):
 
 
 @pytest.mark.parametrize(("x64", "rtol"), [(True, 1e-12), (False, 2e-6)])
-@pytest.mark.parametrize("steps", [1, 3, 6, 12])
+@pytest.mark.parametrize("steps", [1, 3, 12])
 def test_weights_make_a_mean_over_tokens_not_of_means(steps, x64, rtol):
     """Parts without a token are NaN and must not count."""
     with jax.enable_x64(x64):
