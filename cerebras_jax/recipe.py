@@ -27,9 +27,8 @@ from cerebras_jax.optim.lr_scheduler import LRScheduler
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups
 from cerebras_jax.optim.scheduler import Scheduler
-from cerebras_jax.optim.sources import make_source
-from cerebras_jax.transforms.clipping import clip
 from cerebras_jax.optim.weight_decay_scheduler import WeightDecayScheduler
+from cerebras_jax.transforms.clipping import clip
 
 # Read here or by the training loop, so that the optimizer need not warn of them.
 _LOOP_KEYS = {

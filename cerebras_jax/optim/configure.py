@@ -14,9 +14,9 @@ from cerebras_jax.checks import check, is_number
 from cerebras_jax.optim import lr_scheduler
 from cerebras_jax.optim.lr_scheduler import LRScheduler
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.optim.shell import ShellOptimizer
 from cerebras_jax.optim.param_groups import ParamGroups, matching
 from cerebras_jax.optim.scheduler import Scheduler
+from cerebras_jax.optim.shell import ShellOptimizer
 from cerebras_jax.optim.sources import make_source
 
 _LEGACY_OPTIMIZER = {"weight_decay_rate": "weight_decay", "epsilon": "eps"}
