@@ -102,7 +102,8 @@ class Donor:
             return set()
         mine = {id(x) for x in leaves}
         pointers = {_pointer(x) for x in leaves} - {None}
-        found = {p for x in live if id(x) not in mine and (p := _pointer(x)) in pointers}
+        theirs = (_pointer(x) for x in live if id(x) not in mine)
+        found = {p for p in theirs if p is not None and p in pointers}
         self._live, self._has_aliases = len(live), bool(found)
         return found
 

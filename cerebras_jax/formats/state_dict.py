@@ -68,7 +68,7 @@ def match_parameters(state_dict: Mapping[str, Any], ours: Sequence[Group]) -> Ma
         group_of = {
             name: i for i, group in enumerate(loaded) for name in group.get("param_names") or ()
         }
-        groups = [_group_for(i, mine, loaded, group_of) for i, mine in enumerate(ours)]
+        groups: list[Group] = [_group_for(i, mine, loaded, group_of) for i, mine in enumerate(ours)]
     else:
         by_name, groups = _by_position(loaded, ours, their_names), loaded
     extra = sorted(set(state) - set(numbers))
@@ -253,9 +253,9 @@ def plain_value(value: Any) -> Any:
     """Scalar arrays and tensors as Python numbers; functions, which no file can hold, as None."""
     if isinstance(value, list | tuple):
         return tuple(plain_value(v) for v in value)
-    if callable(value) and not hasattr(value, "shape"):
-        return value if is_plain_schedule(value) else None
-    if is_traced(value) or not hasattr(value, "shape"):
+    if not hasattr(value, "shape"):
+        return None if callable(value) and not is_plain_schedule(value) else value
+    if is_traced(value):
         return value
     return to_numpy(value).item() if tuple(value.shape) == () else value
 

@@ -1,7 +1,7 @@
 """The numbers among a parameter group's values: arguments of a program, not parts of its key."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -67,7 +67,7 @@ class Static:
         return hash(self.key)
 
 
-def join(numbers: Sequence[Any], static: tuple) -> dict[str, Any]:
+def join(numbers: Iterable[Any], static: tuple) -> dict[str, Any]:
     """The inverse of `split`."""
     remaining = iter(numbers)
 

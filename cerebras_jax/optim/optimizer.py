@@ -150,7 +150,7 @@ class Optimizer(Stateful, ABC):
         return self._the_donor().copied
 
     def _the_donor(self) -> Donor:
-        donor = self.__dict__.get("_donor")
+        donor = vars(self).get("_donor")
         if donor is None or donor.donate is not self.donate:
             donor = self._donor = Donor(self.donate)
         return donor
@@ -230,7 +230,7 @@ class Optimizer(Stateful, ABC):
         self._trees = [*self._trees, [] if isinstance(source, ModuleSource) else values]
         self._names = (*self._names, *(prefix + name for name in names))
         self.param_groups += new_groups
-        self.__dict__.pop("_index", None)
+        vars(self).pop("_index", None)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Hook: refuses values out of range."""
@@ -258,7 +258,7 @@ class Optimizer(Stateful, ABC):
 
     def _place(self, name: str) -> tuple[int, int]:
         """Which source a parameter is in, and where."""
-        index = self.__dict__.get("_index")
+        index = vars(self).get("_index")
         if index is None:
             places = [(s, i) for s, x in enumerate(self._sources) for i in range(len(x.names))]
             index = self._index = dict(zip(self._names, places, strict=True))
@@ -297,8 +297,8 @@ class Optimizer(Stateful, ABC):
         value, grads = self._gradients(grads_or_closure, has_aux)
         bounds = self._bounds()
         if bounds:
-            tx = clipping.clip(*(bounds.get(f"max_gradient_{k}") for k in ("norm", "value")))
-            grads, _ = tx.update(grads, tx.init(None))
+            norm, value = (bounds.get(f"max_gradient_{k}") for k in ("norm", "value"))
+            grads = clipping.clipped(grads, norm, value)
         return value, dict(zip(self._names, grads, strict=True))
 
     def _bounds(self) -> dict[str, Any]:
@@ -602,7 +602,7 @@ class Optimizer(Stateful, ABC):
         made = [make_source(tree) for tree in state["_sources"]]
         state["_sources"] = [source for source, _ in made]
         state["_trees"] = [[] if isinstance(s, ModuleSource) else values for s, values in made]
-        self.__dict__.update(state)
+        vars(self).update(state)
 
     @classmethod
     def of(cls, pure: PureOptimizer[P], enable_global_step: bool = False) -> "type[Any]":

@@ -58,7 +58,7 @@ class Scheduler(Stateful, ABC):
         key of the same group.
     """
 
-    key: ClassVar[str]
+    key: str
     keys: ClassVar[tuple[str, ...]] = ()  # other names of it, for optimizers that use them
     special: ClassVar[frozenset[str]] = frozenset({"optimizer", "last_epoch", "_last_lr"})
 
@@ -404,10 +404,6 @@ class SchedulerComposition(Scheduler):
         parts = super().parts()
         children = tuple(child.parts().static for child in self._schedulers)
         return parts._replace(static=(parts.static, children))
-
-    def _adopted_by(self, optimizer: Any) -> None:
-        for child in self._schedulers:
-            child._adopted_by(optimizer)
 
     def _get_closed_form_lr(self) -> Any:
         return self.schedule(self.last_epoch)

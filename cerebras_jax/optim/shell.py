@@ -207,7 +207,7 @@ class ShellOptimizer(Optimizer, Generic[P]):
         if self._same is None:
             self._same = self._known_clocks()
         key = (statics, absent, clips, self._same, self.around)
-        cache = self.__dict__.setdefault("_cache", {})
+        cache = vars(self).setdefault("_cache", {})
         found = cache.get("program")
         if found is None or found[0] != key or found[1].plan.state is not self._structure:
             plan = self._plan(statics, absent, clips, self._structure)
@@ -343,7 +343,7 @@ class ShellOptimizer(Optimizer, Generic[P]):
         tx = transformation(plan, values, [])
         state = tx.init(plan.params.unflatten(self._values()))
         self._state, self._structure = jax.tree.flatten(state)
-        self.__dict__.pop("_cache", None)
+        vars(self).pop("_cache", None)
         self._catalogue()
 
     def _kept_state(self) -> Any:
@@ -377,7 +377,7 @@ class ShellOptimizer(Optimizer, Generic[P]):
         self._allocate(self._kept_state())
 
     def _catalogue(self) -> Catalogue:
-        cache = self.__dict__.setdefault("_cache", {})
+        cache = vars(self).setdefault("_cache", {})
         if "catalogue" not in cache:
             hyper = [self._hyper(group) for group in self.param_groups]
             shapes = self._structure.unflatten(
@@ -626,7 +626,9 @@ def _is_any_number(key: str, value: Any) -> bool:
 def _is_pending(value: Any) -> bool:
     """Whether a value could only be read by waiting for the device."""
     values = value if isinstance(value, tuple) else (value,)
-    return any(is_traced(x) or (isinstance(x, jax.Array) and not x.is_ready()) for x in values)
+    return any(
+        is_traced(x) or (isinstance(x, jax.Array) and not cast(Any, x).is_ready()) for x in values
+    )
 
 
 def _is_same(value: Any, old: Any) -> bool:
