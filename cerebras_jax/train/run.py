@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from cerebras_jax import schedules
 from cerebras_jax.optim import Optimizer
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.recipe import Recipe
@@ -145,10 +144,8 @@ class Run:
         )
         self.opt, self.schedulers = recipe.optimizer(self.model)
         self.scheduled = {
-            key: schedules.constant(recipe.constant(key))
-            for key in ("lr", "weight_decay")
-            if recipe.has(key)
-        } | {scheduler.key: scheduler.schedule for scheduler in reversed(self.schedulers)}
+            key: recipe.schedule(key) for key in ("lr", "weight_decay") if recipe.has(key)
+        }
         rng = np.random.default_rng(0)
         self.evaluation = [
             jnp.asarray(self._batch(text.held_out, rng)) for _ in range(_EVAL_BATCHES)
