@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cerebras_jax.checks import is_number, is_traced
+from cerebras_jax.checks import any_traced, is_number, is_traced
 from cerebras_jax.donation import Donate
 from cerebras_jax.engine.hyper import bind, needs_other_buffers, normalize, saturating_increment
 from cerebras_jax.engine.leaf import StateDtype
@@ -164,15 +164,14 @@ class ShellOptimizer(Optimizer, Generic[P]):
         absent = tuple(i for i, g in enumerate(grads) if g is None)
         bounds = self._bounds()
         program = self._program(statics, absent, tuple(bounds))
-        donor, params = self._the_donor(), self._values()
-        was_traced = self.is_traced()
-        if not was_traced and any(is_traced(g) for g in grads):
-            raise RuntimeError(OUTSIDE.format(name="the optimizer"))
-        if not was_traced and jax.default_backend() == "cpu":
-            # What failed must not take the parameters with it. Elsewhere the host runs ahead.
-            jax.block_until_ready(grads)
-        state = donor.ready(self._state)
-        params = donor.ready(params, owners=1)
+        params, was_traced = self._values(), self.is_traced()
+        if not was_traced:
+            if any_traced(grads):
+                raise RuntimeError(OUTSIDE.format(name="the optimizer"))
+            if jax.default_backend() == "cpu":
+                # What failed must not take the parameters with it. Elsewhere the host runs ahead.
+                jax.block_until_ready(grads)
+        state, params = self._the_donor().ready(self._state, params, owners=(0, 1))
         with deferred_signals():
             try:
                 state, params = program.run(state, params, grads, values, [*bounds.values()])
