@@ -1,0 +1,1 @@
+"""The engine: a rule for one parameter, lifted to trees and groups."""

@@ -1,0 +1,1 @@
+"""Transformations around an optimizer, and averages beside it: one file each, with its state."""
