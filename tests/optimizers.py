@@ -29,6 +29,8 @@ OPTIMIZERS = [
     Entry("adam", {"lr": 0.1, "amsgrad": True}),
     Entry("adamw", {"lr": 0.1, "weight_decay": 0.1}),
     Entry("adamw", {"lr": 0.1, "correct_bias": False}),
+    Entry("adamw_schedule_free", {"lr": 0.1, "weight_decay": 0.1}),
+    Entry("adamw_schedule_free", {"lr": 0.1, "weight_decay": 0.01, "warmup_steps": 3, "r": 0.5}),
     Entry("asgd", {"lr": 0.1, "lambd": 0.01, "t0": 1}),
     Entry("adadelta", {"lr": 0.5, "weight_decay": 0.01}),
     Entry("adafactor", {"lr": 0.1, "weight_decay": 0.01}),

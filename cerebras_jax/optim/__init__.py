@@ -8,6 +8,11 @@ from cerebras_jax.optim.algorithms.adam import Adam, adam
 from cerebras_jax.optim.algorithms.adam_base import AdamBase, adam_base
 from cerebras_jax.optim.algorithms.adamax import Adamax, adamax
 from cerebras_jax.optim.algorithms.adamw import AdamW, adamw
+from cerebras_jax.optim.algorithms.adamw_schedule_free import (
+    AdamWScheduleFree,
+    adamw_schedule_free,
+    eval_params,
+)
 from cerebras_jax.optim.algorithms.asgd import ASGD, asgd
 from cerebras_jax.optim.algorithms.lamb import Lamb, lamb
 from cerebras_jax.optim.algorithms.lion import Lion, lion
@@ -23,3 +28,4 @@ from cerebras_jax.optim.configure import (
 )
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import param_groups
+from cerebras_jax.transforms.averages import Average, average

@@ -277,13 +277,8 @@ class Average:
 
     def _read(self) -> Params:
         """The parameters now, with an nnx.State in the place of a module."""
-        params = self.target if isinstance(self.target, nnx.Module) else self.target.params
-        states = jax.tree.map(
-            lambda x: nnx.state(x, self.filter) if isinstance(x, nnx.Module) else x,
-            params,
-            is_leaf=lambda x: isinstance(x, nnx.Module),
-        )
-        return jax.tree.map(lambda x: x, states)  # nnx.state gives the module's own variables
+        is_module = isinstance(self.target, nnx.Module)
+        return parameter_tree(self.target if is_module else self.target.params, self.filter)
 
     def _write(self, params: Params) -> None:
         module = self._module()
@@ -301,6 +296,16 @@ class Average:
             self._state.params,
             self._read(),
         )
+
+
+def parameter_tree(params: Any, filter: Any = nnx.Param) -> Params:
+    """A tree of the arrays, with an nnx.State of those that the filter selects for a module."""
+    states = jax.tree.map(
+        lambda x: nnx.state(x, filter) if isinstance(x, nnx.Module) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, nnx.Module),
+    )
+    return jax.tree.map(lambda x: x, states)  # nnx.state gives the module's own variables
 
 
 # --- arithmetic ----------------------------------------------------------------------------------
