@@ -13,6 +13,8 @@ from cerebras_jax.optim.algorithms.adamw_schedule_free import (
     adamw_schedule_free,
     eval_params,
 )
+from cerebras_jax.optim.algorithms.ademamix import AdEMAMix, ademamix
+from cerebras_jax.optim.algorithms.adopt import ADOPT, adopt
 from cerebras_jax.optim.algorithms.asgd import ASGD, asgd
 from cerebras_jax.optim.algorithms.lamb import Lamb, lamb
 from cerebras_jax.optim.algorithms.lion import Lion, lion

@@ -114,7 +114,9 @@ def adamw_schedule_free(
         step = now.c * (s.z - p) - (1 - b1 * (1 - now.c)) * u
         return step, ScheduleFreeState(s.z - u, v)
 
-    return Rule(init, update, ScheduleFreeClock(0.0, 0.0, b1), tick, written_last=("z", "exp_avg_sq"))
+    return Rule(
+        init, update, ScheduleFreeClock(0.0, 0.0, b1), tick, written_last=("z", "exp_avg_sq")
+    )
 
 
 def eval_params(state: Any, params: Params) -> Params:
