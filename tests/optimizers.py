@@ -47,5 +47,7 @@ OPTIMIZERS = [
     Entry("rmsprop", {"lr": 0.1, "weight_decay": 0.01}),
     Entry("rmsprop", {"lr": 0.1, "momentum": 0.9, "centered": True, "eps": 1e-3}),
     Entry("rprop", {"lr": 0.1}),
+    # A large eps: in directions without gradients there is only rounding noise to divide.
+    Entry("soap", {"lr": 0.3, "eps": 1.0, "precondition_frequency": 2}),
     Entry("adam_base", {"lr": 0.1, "weight_decay": 0.1, "l2_regularization_rate": 0.01}),
 ]

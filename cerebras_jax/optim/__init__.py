@@ -23,6 +23,7 @@ from cerebras_jax.optim.algorithms.radam import RAdam, radam
 from cerebras_jax.optim.algorithms.rmsprop import RMSprop, rmsprop
 from cerebras_jax.optim.algorithms.rprop import Rprop, rprop
 from cerebras_jax.optim.algorithms.sgd import SGD, sgd
+from cerebras_jax.optim.algorithms.soap import SOAP, soap
 from cerebras_jax.optim.configure import (
     configure_lr_scheduler,
     configure_optimizer,
