@@ -214,7 +214,7 @@ def test_further_groups_and_tags():
         Model(nnx.Rngs(0)), {"params": [{"params": "embedding.*", "tag": "slow", "lr": 0.0}]}
     )
     by_name = {n: g for g in groups for n in g["params"]}
-    assert by_name["embedding.embedding"]["tag"] == "slow"
-    assert "tag" not in by_name["block.linear1.kernel"]
+    assert by_name["embedding.embedding"]["tags"] == ("slow",)
+    assert "tags" not in by_name["block.linear1.kernel"]
     with pytest.raises(ValueError, match=r"params\[0\]: pattern 'x\*' matches no parameter"):
         optim.configure_param_groups(PARAMS, {"params": [{"params": "x*"}]})

@@ -121,14 +121,26 @@ WRONG: list[Any] = [
     None, True, False, "", "x", "None", "true", "1e-3", "nan", "inf", "-1", "1e400",
     -1, 0, 1, 2.5, 1e308, 10**400, 10**5000, -(10**400), math.inf, -math.inf, math.nan,
     [], {}, (), [None], [1, "a"], [[1.0]], {"a": 1}, {1: 2}, {None: None, "b": 1}, {1: 2, "x": 3},
-    b"bytes", {1, 2}, object(), 1 + 2j, np.float32(0.1), np.arange(3.0), jnp.ones(2), len,
+    b"bytes", {1, 2}, object(), 1 + 2j, np.float32(0.1), np.arange(3.0), jnp.ones(2),
     "long " * 5000, list(range(5000)), {f"k{i}": i for i in range(5000)},
     {"scheduler": "Constant", "learning_rate": 0.1}, {"ConstantLR": {"learning_rate": 0.1}},
     [{"scheduler": "Linear"}], {"scheduler": None}, {"scheduler": ["Linear"]}, "AdamW", "SGD",
-    "LinearLR", "ScalePerParamLR", "LinearWD", {"ScalePerParamLR": {"scheduler": 3}},
+    "LinearLR", "ScalePerParamLR", "LinearWD", {"ScalePerParamLR": {"scheduler": 3}}, abs,
 ]  # fmt: skip
 BUILDERS = [endless, deep, bomb]
-KEYS: list[Any] = [1, None, (1, 2), True, "x", "", 2.5, "learning_rate", "lr", "params", "scheduler"]
+KEYS: list[Any] = [
+    1,
+    None,
+    (1, 2),
+    True,
+    "x",
+    "",
+    2.5,
+    "learning_rate",
+    "lr",
+    "params",
+    "scheduler",
+]
 
 
 def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -154,7 +166,9 @@ def mutate(config: Any, rng: random.Random) -> tuple:
     if action == "delete":
         del parent[key]
     elif action == "rename" and isinstance(parent, dict):
-        parent[rng.choice(KEYS)] = parent.pop(key)
+        new = rng.choice(KEYS)
+        parent[new] = parent.pop(key)
+        return (*path[:-1], f"{key}>{new}")
     elif action == "insert" and isinstance(parent, dict):
         key = rng.choice(KEYS)
         parent[key] = wrong
@@ -205,8 +219,11 @@ def is_ours(error: BaseException) -> bool:
 
 def names_the_place(message: str, paths: list[tuple]) -> bool:
     """Whether the message has a key of a wrong place, or of what encloses it closely."""
-    near = {str(key) for path in paths for key in path[-4:] if isinstance(key, str)}
-    return not near or any(key.lower().removesuffix("lr") in message.lower() for key in near)
+    keys = {key.lower() for path in paths for key in path[-4:] if isinstance(key, str)}
+    names = {name for key in keys for name in key.split(">")}
+    names |= {name.removesuffix("lr") for name in names}  # LinearLR may be called Linear
+    is_root = any(len(path) == 1 for path in paths)
+    return is_root or not keys or any(name in message.lower() for name in names - {""})
 
 
 def outcome(config: Any, paths: list[tuple]) -> tuple[str, str]:
