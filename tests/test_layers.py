@@ -8,15 +8,18 @@ import pytest
 ROOT = Path(__file__).parents[1] / "cerebras_jax"
 
 FLOORS = [
-    {"types", "checks", "fusion", "interrupts", "ownership"},
+    {"types", "checks", "messages", "fusion", "interrupts", "ownership"},
     {"rule", "schedules"},
     {"optim.sources", "optim.state_dict", "optim.step"},
     {"optim.param_groups"},
     {"optim.optimizer"},
     {"optim.scheduler", "optim.algorithms.*"},
-    {"optim.lr_scheduler", "optim.weight_decay_scheduler"},
+    {"optim.lr_scheduler", "optim.weight_decay_scheduler", "optim.names", "optim.decay"},
+    {"optim.layer_types", "optim.detached"},
+    {"optim.schedule_config"},
     {"optim.configure", "trace"},
     {"optim"},
+    {"sections"},
     {"recipe"},
     {""},  # the face of the package
     {"train.data", "train.report", "train.gpt", "train"},

@@ -42,7 +42,7 @@ def find_class(name: Any, base: type, where: str = "") -> Any:
     kind = "scheduler" if issubclass(base, Scheduler) else "optimizer"
     place = f"{where}: " if where else ""
     if not isinstance(name, str):
-        raise TypeError(f"{place}the name of a {kind} must be a string, got {shown(name)}")
+        raise TypeError(f"{place}the {kind}'s name must be a string, got {shown(name)}")
     suffixes = ("", "lr", "wd", "scheduler") if issubclass(base, Scheduler) else ("",)
     lower = _ALIASES.get(name.lower(), name.lower())
     ours: dict[str, type] = {}
