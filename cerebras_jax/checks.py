@@ -86,3 +86,19 @@ def check_flag(name: str, value: Any) -> None:
     """Refuses anything but True and False: a flag is decided when the optimizer is made."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_state_dtype(names: Any, state_dtype: Any) -> None:
+    """Refuses a ``state_dtype`` that is no floating point dtype, or names an unknown state."""
+    if isinstance(state_dtype, dict):
+        unknown = sorted(set(state_dtype) - set(names))
+        if unknown:
+            raise ValueError(f"state_dtype names {unknown}, the states are {list(names)}")
+    dtypes = state_dtype.values() if isinstance(state_dtype, dict) else [state_dtype]
+    for dtype in dtypes:
+        if dtype is not None and not jax.numpy.issubdtype(
+            jax.numpy.dtype(dtype), jax.numpy.floating
+        ):
+            raise ValueError(
+                f"state_dtype must be a floating point dtype, got {jax.numpy.dtype(dtype)}"
+            )

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import optax
 
 from cerebras_jax import optim, schedules
@@ -24,9 +23,9 @@ from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups
 from cerebras_jax.optim.schedule_config import ScheduleConfig, kind_of, schedule_config
 from cerebras_jax.optim.scheduler import Scheduler, group_tags
-from cerebras_jax.optim.step import Clipping
-from cerebras_jax.rule import leaf_paths
 from cerebras_jax.sections import Sections, read_config, read_sections
+from cerebras_jax.transforms.clipping import clip
+from cerebras_jax.transforms.grouped import grouped
 
 _SIZES = ("hidden_size", "filter_size", "mup_base_hidden_size", "mup_base_filter_size")
 _OF_BERT = "encoder_nonlinearity"
@@ -84,8 +83,10 @@ class Recipe:
         groups = self.param_groups(params)
         pure = _pure_form(self.optimizer_class)
         parts = [pure(**values) for values in self._values_of(groups)]
-        clipping = Clipping(self.max_gradient_norm, self.max_gradient_value)
-        return optax.chain(*clipping.links(), _grouped(parts, groups))
+        update = grouped(parts, [group["params"] for group in groups])
+        if self.max_gradient_norm is None and self.max_gradient_value is None:
+            return optax.chain(update)
+        return optax.chain(clip(self.max_gradient_norm, self.max_gradient_value), update)
 
     def _values_of(self, groups: ParamGroups) -> list[dict[str, Any]]:
         """The hyper-parameters of each group, schedules in place of what they drive."""
@@ -207,35 +208,6 @@ def _is_plain(cls: type[Optimizer]) -> bool:
     """Whether an optimizer is a pure function and nothing else."""
     is_ours = cls.__init__.__module__.partition(".")[0] == __name__.partition(".")[0]
     return hasattr(cls, "pure") and is_ours
-
-
-def _grouped(
-    parts: Sequence[optax.GradientTransformationExtraArgs], groups: ParamGroups
-) -> optax.GradientTransformationExtraArgs:
-    """One pair for each group; leaves are told apart by their dotted names."""
-    owner = {name: i for i, group in enumerate(groups) for name in group["params"]}
-
-    def labels(tree: Any) -> Any:
-        names = leaf_paths(tree)
-        unknown = [name for name in names if name not in owner]
-        if unknown:
-            raise ValueError(
-                f"the tree has parameters that the recipe was not made for: {shown(unknown)}; "
-                f"it was made for {shown([*owner])}"
-            )
-        return jax.tree.structure(tree).unflatten([owner[name] for name in names])
-
-    inner = optax.partition(dict(enumerate(parts)), labels)
-
-    def init(params: Any) -> Any:
-        missing = sorted(owner.keys() - set(leaf_paths(params)))
-        if missing:
-            raise ValueError(
-                f"the tree lacks parameters that the recipe was made for: {shown(missing)}"
-            )
-        return inner.init(params)
-
-    return optax.GradientTransformationExtraArgs(init, inner.update)
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import optax
 import pytest
 from optimizers import OPTIMIZERS, Entry
 
-from cerebras_jax import enable_multi_output_fusion, fusion
+from cerebras_jax import enable_multi_output_fusion
+from cerebras_jax.engine import xla_cpu as fusion
 from cerebras_jax.optim import optimizer
 from cerebras_jax.optim.step import take_step
 

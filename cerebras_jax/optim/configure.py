@@ -21,10 +21,9 @@ from cerebras_jax.optim.names import (
     warn_legacy,
 )
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.optim.param_groups import ParamGroups, matching
+from cerebras_jax.optim.param_groups import ParamGroups, matching, names_of
 from cerebras_jax.optim.schedule_config import schedule_config
 from cerebras_jax.optim.scheduler import Scheduler
-from cerebras_jax.optim.sources import make_source
 
 _LEGACY = {"weight_decay_rate": "weight_decay", "epsilon": "eps"}
 _DEFAULT_LR = 0.1  # where an optimizer has no default and a schedule will set it
@@ -173,7 +172,7 @@ def configure_param_groups(params: Any, optimizer_params: Mapping[str, Any]) -> 
     [{'params': ['dense.bias'], 'weight_decay': 0.0, 'no_weight_decay': True}, \
 {'params': ['dense.kernel'], 'adjust_learning_rate': 0.5}]
     """
-    names = make_source(params).names
+    names = names_of(params)
     is_free = no_decay_rule(params)
     values: dict[str, dict[str, Any]] = {n: dict(_NO_DECAY) if is_free(n) else {} for n in names}
     for rule in param_filters(optimizer_params.get("params")):
@@ -182,7 +181,7 @@ def configure_param_groups(params: Any, optimizer_params: Mapping[str, Any]) -> 
             what = f"pattern {shown(rule.patterns[0])} matches"
             if len(rule.patterns) > 1:
                 what = f"patterns {shown(rule.patterns)} match"
-            raise ValueError(f"{rule.where}: {what} no parameter of {shown(list(names))}")
+            raise ValueError(f"{rule.where}: {what} no parameter of {shown(names)}")
         for name in found:
             tags = {*values[name].get("tags", ()), *rule.tags}
             values[name] |= {**rule.values, **({"tags": tuple(sorted(tags))} if tags else {})}

@@ -24,7 +24,8 @@ def closed_form(cls: type[Scheduler], arguments: Mapping[str, Any]) -> Callable[
       TypeError: if it needs an optimizer for more than to hand it on.
     """
     try:
-        schedule = _detached(cls)(None, **arguments).schedule
+        scheduler = _detached(cls)(None, **arguments)
+        schedule = scheduler.at if cls.schedule is Scheduler.schedule else scheduler.schedule
         schedule(0)
     except Exception as error:
         raise TypeError(
@@ -47,7 +48,15 @@ class _Detached(Scheduler):
         self.total_iters, self.last_epoch = total_iters, last_epoch
         self.param_group_tags = param_group_tags
 
+    def at(self, step: Any) -> Any:
+        """The value at a step, which may be traced."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        twin.last_epoch = step
+        return twin._get_closed_form_lr()
+
 
 @functools.cache
 def _detached(cls: type[Scheduler]) -> Any:
-    return type(f"_{cls.__name__}", (cls, _Detached), {})
+    bases: tuple[Any, ...] = (cls, _Detached)
+    return type(f"_{cls.__name__}", bases, {})

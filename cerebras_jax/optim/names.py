@@ -12,8 +12,8 @@ from typing import Any
 
 from cerebras_jax.checks import is_number
 from cerebras_jax.messages import shown
-from cerebras_jax.optim.optimizer import RuleOptimizer
 from cerebras_jax.optim.scheduler import Scheduler
+from cerebras_jax.optim.shell import ShellOptimizer
 
 _PACKAGE = __name__.partition(".")[0]
 _ALIASES = {"chainedlr": "chainedscheduler"}
@@ -87,8 +87,8 @@ def _subclasses(base: type) -> list[type]:
     """All concrete subclasses that a user can name, later definitions last."""
     result = []
     for cls in base.__subclasses__():
-        is_generated_base = vars(cls).keys() & {"pure", "schedule_type"}
-        is_hidden = cls is RuleOptimizer or cls.__name__.startswith("_")
+        is_generated_base = vars(cls).keys() & {"maker", "schedule_type"}
+        is_hidden = cls is ShellOptimizer or cls.__name__.startswith("_")
         if not inspect.isabstract(cls) and not is_generated_base and not is_hidden:
             result.append(cls)
         result += _subclasses(cls)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cerebras_jax.messages import shown
-from cerebras_jax.optim.sources import Source, make_source
+from cerebras_jax.optim.sources import make_source
 
 
 class ParamGroups(Sequence[Mapping[str, Any]]):
@@ -21,10 +21,11 @@ class ParamGroups(Sequence[Mapping[str, Any]]):
     `ParamGroups` all update the module itself, in place.
 
     Attributes:
-      params: the tree or the module.
+      tree: the parameters: a pytree of arrays, or the module.
+      names: their dotted names, in the order of the tree.
 
     Args:
-      params: a pytree of arrays or an nnx.Module.
+      tree: a pytree of arrays or an nnx.Module.
       groups: dicts with the dotted names of their parameters as ``"params"``; every parameter is
         in one of them.
 
@@ -36,24 +37,18 @@ class ParamGroups(Sequence[Mapping[str, Any]]):
     TypeError: 'mappingproxy' object does not support item assignment
     """
 
-    def __init__(self, params: Any, groups: Sequence[Mapping[str, Any]]):
-        source = make_source(params)  # refuses what are no parameters
-        names = [name for group in groups for name in group["params"]]
-        if sorted(names) != sorted(source.names):
+    def __init__(self, tree: Any, groups: Sequence[Mapping[str, Any]]):
+        self.names = names_of(tree)
+        grouped = [name for group in groups for name in group["params"]]
+        if sorted(grouped) != sorted(self.names):
             raise ValueError(
-                f"the groups must hold each of {shown(list(source.names))} once, got {shown(names)}"
+                f"the groups must hold each of {shown(self.names)} once, got {shown(grouped)}"
             )
-        is_module = isinstance(params, nnx.Module)
-        self.params = params if is_module else jax.tree.map(_own, params)
+        self.tree = tree if isinstance(tree, nnx.Module) else jax.tree.map(_own, tree)
         self._groups = tuple(
             {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
             for group in groups
         )
-
-    @property
-    def source(self) -> Source:
-        """A source of its own for each optimizer."""
-        return make_source(self.params)
 
     @overload
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
@@ -68,6 +63,11 @@ class ParamGroups(Sequence[Mapping[str, Any]]):
 
     def __repr__(self) -> str:
         return repr([{**group, "params": list(group["params"])} for group in self._groups])
+
+
+def names_of(tree: Any) -> list[str]:
+    """The dotted names of all parameters of a tree or module."""
+    return list(make_source(tree)[0].names)
 
 
 def _own(x: Any) -> Any:
@@ -97,7 +97,7 @@ def param_groups(params: Any, groups: Sequence[Mapping[str, Any]]) -> ParamGroup
     """
     if isinstance(groups, Mapping):
         raise TypeError(f"groups must be a list of dicts, got one dict: {shown(dict(groups))}")
-    names = make_source(params).names
+    names = names_of(params)
     remaining = list(names)
     result: list[dict[str, Any]] = []
     for i, group in enumerate(groups):
@@ -106,7 +106,7 @@ def param_groups(params: Any, groups: Sequence[Mapping[str, Any]]) -> ParamGroup
             if not matching(pattern, names):
                 raise ValueError(
                     f"group {i}: pattern {pattern!r} matches none of the parameters "
-                    f"{shown(list(names))}"
+                    f"{shown(names)}"
                 )
         mine = [n for n in remaining if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
         if not mine:

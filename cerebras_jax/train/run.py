@@ -14,7 +14,7 @@ import yaml
 from flax import nnx
 from rich.console import Console
 
-from cerebras_jax.interrupts import deferred_interrupts
+from cerebras_jax.signals import deferred_signals
 from cerebras_jax.recipe import Recipe
 from cerebras_jax.train import data, gpt, report
 
@@ -103,7 +103,7 @@ class Program:
 
     def step(self, tokens: np.ndarray) -> float:
         """One training step; its loss."""
-        with deferred_interrupts():
+        with deferred_signals():
             self.params, self.state, loss = self._step(self.params, self.state, tokens)
             return float(loss)
 
@@ -149,14 +149,14 @@ def train(
         except KeyboardInterrupt:
             interrupted = True
         # What was reached is kept, even if Ctrl-C comes again meanwhile.
-        with contextlib.suppress(KeyboardInterrupt), deferred_interrupts():
+        with contextlib.suppress(KeyboardInterrupt), deferred_signals():
             losses = [r["loss"] for r in reporter.records if "loss" in r]
             if interrupted:
                 console.print(f"interrupted after {len(losses)} steps")
             reporter.record(True, step=len(losses), held_out_loss=program.loss(evaluation))
             title = f"{name}, {program.size:,} parameters, {source}"
             report.draw(reporter.records, title, folder / "training.png")
-    with contextlib.suppress(KeyboardInterrupt), deferred_interrupts():
+    with contextlib.suppress(KeyboardInterrupt), deferred_signals():
         _print_sample(program.model(), settings, folder, console)
     return _result(reporter.records, interrupted)
 
