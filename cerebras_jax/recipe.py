@@ -13,12 +13,17 @@ from typing import Any
 
 import optax
 
-from cerebras_jax import optim, schedules
+from cerebras_jax import schedules
 from cerebras_jax.checks import check
 from cerebras_jax.messages import shortened, shown
-from cerebras_jax.optim.configure import lr_factors, optimizer_arguments, param_filters
+from cerebras_jax.optim.configure import (
+    lr_factors,
+    make_param_groups,
+    optimizer_arguments,
+    param_filters,
+)
 from cerebras_jax.optim.layer_types import mup_factors
-from cerebras_jax.optim.names import check_plain, find_class, to_number
+from cerebras_jax.optim.names import check_plain, find_class, rate_key, to_number
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups
 from cerebras_jax.optim.schedule_config import ScheduleConfig, kind_of, schedule_config
@@ -98,7 +103,9 @@ class Recipe:
             for key, config in driven.items():
                 factor = group.get("adjust_learning_rate", 1.0) if config.is_scaled else 1.0
                 schedule = config.schedule
-                values[key] = schedule if factor == 1.0 else schedules.scaled(schedule, factor)
+                values[self._name(key)] = (
+                    schedule if factor == 1.0 else schedules.scaled(schedule, factor)
+                )
             result.append(values)
         return result
 
@@ -138,7 +145,11 @@ class Recipe:
 
     def has(self, key: str) -> bool:
         """Whether the optimizer has a number of that name."""
-        return key in inspect.signature(self.optimizer_class).parameters
+        return self._name(key) in inspect.signature(self.optimizer_class).parameters
+
+    def _name(self, key: str) -> str:
+        """What the optimizer calls a number: optax says ``learning_rate`` for ``lr``."""
+        return rate_key(self.optimizer_class) if key == "lr" else key
 
     def constant(self, key: str) -> Any:
         """The value of an unscheduled number of the optimizer, e.g. ``"weight_decay"``.
@@ -147,10 +158,10 @@ class Recipe:
           ValueError: if the optimizer has no number of that name.
         """
         parameters = inspect.signature(self.optimizer_class).parameters
-        if key not in parameters:
+        if not self.has(key):
             name = self.optimizer_class.__name__
             raise ValueError(f"{name} has no number {shown(key)}, it has {[*parameters][1:]}")
-        value = self.optimizer_values.get(key, parameters[key].default)
+        value = self.optimizer_values.get(self._name(key), parameters[self._name(key)].default)
         return 0.0 if value is None else value
 
     def param_groups(self, params: Any) -> ParamGroups:
@@ -160,9 +171,8 @@ class Recipe:
           ValueError: if a pattern or a layer type of the recipe matches no parameter.
         """
         rules = {"adjust_learning_rate": self.adjust_learning_rate, "params": self.params}
-        if self.has("lr"):
-            rules["lr"] = self.constant("lr")
-        return optim.configure_param_groups(params, rules)
+        rate = self.constant("lr") if self.has("lr") else None
+        return make_param_groups(params, rules, self._name("lr"), rate)
 
 
 def _drivers(
@@ -304,9 +314,10 @@ def _check_scaling(
     """Sees to it that somebody reads the factors of the learning rate."""
     if any(config.key == "lr" for config in schedulers):
         return
-    if "lr" not in inspect.signature(cls).parameters:
+    rate = rate_key(cls)
+    if rate not in inspect.signature(cls).parameters:
         warnings.warn(f"adjust_learning_rate is not used: {cls.__name__} has no lr", stacklevel=4)
-    elif values.get("lr", 0.0) is None:
+    elif values.get(rate, 0.0) is None:
         raise ValueError(f"adjust_learning_rate needs a number lr of {cls.__name__}, got lr=None")
 
 
@@ -317,7 +328,8 @@ def _check_schedulers(
     names = inspect.signature(cls).parameters
     for config in schedulers:
         tags = config.param_group_tags
-        if _is_plain(cls) and config.key not in names:
+        key = rate_key(cls) if config.key == "lr" else config.key
+        if _is_plain(cls) and key not in names:
             raise ValueError(f"{config.where}: {cls.__name__} has no {config.key} to schedule")
         if tags is not None and not set(tags) & {*known, None}:
             raise ValueError(

@@ -311,10 +311,10 @@ def test_groups_follow_names_not_positions():
     )
     tx = recipe.transformation({"a": {"bias": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}})
     other = {"a": {"kernel": jnp.ones(2)}, "b": {"bias": jnp.ones(2)}}
-    with pytest.raises(ValueError, match=r"lacks .*: \['a.bias', 'b.kernel'\]"):
+    with pytest.raises(ValueError, match=r"\['a.kernel', 'b.bias'\] belong to no group"):
         tx.init(other)
-    with pytest.raises(ValueError, match=r"not made for: \['a.kernel', 'b.bias', 'c'\]; it was"):
-        tx.init({"a": {"kernel": 1.0, "bias": 1.0}, "b": {"kernel": 1.0, "bias": 1.0}, "c": 1.0})
+    with pytest.raises(ValueError, match=r"\['b.kernel'\], which the tree has not"):
+        tx.init({"a": {"bias": jnp.ones(2)}})
     ours = {"b": {"kernel": jnp.ones(2)}, "a": {"bias": jnp.ones(2)}}
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, ours), tx.init(ours), ours)
     np.testing.assert_allclose(updates["a"]["bias"], 0.0)
@@ -592,3 +592,16 @@ def test_a_schedule_as_a_value_in_python():
     )
     assert recipe.schedule() == schedule
     np.testing.assert_allclose(pure_run(recipe, 1)["embedding"]["embedding"], 0.9)
+
+
+def test_an_optimizer_of_optax():
+    class OfOptax(optim.optimizer_of(optax.sgd)):
+        pass
+
+    section = {"optimizer_type": "ofoptax", "adjust_learning_rate": {"embedding": 0.5}}
+    for rate in ({"learning_rate": 0.1}, {"lr": 0.1}):
+        recipe = cjax.load_recipe({**section, **rate})
+        assert recipe.schedule()(0) == 0.1
+        for params in (class_run(recipe, steps=1), pure_run(recipe, steps=1)):
+            np.testing.assert_allclose(params["embedding"]["embedding"], 0.95)
+            np.testing.assert_allclose(params["decoder"]["linear"]["kernel"], 0.9)

@@ -17,6 +17,7 @@ from cerebras_jax.optim.names import (
     check_plain,
     find_class,
     modern,
+    rate_key,
     to_number,
     warn_legacy,
 )
@@ -69,16 +70,18 @@ def optimizer_arguments(cls: type[Optimizer], values: Mapping[str, Any]) -> dict
     if "beta1" in values and "beta2" in values:
         warn_legacy("beta1, beta2", "betas", cls.__name__)
         values["betas"] = (values.pop("beta1"), values.pop("beta2"))
-    learning_rate = values.pop("learning_rate", None)
+    rate, learning_rate = rate_key(cls), values.pop("learning_rate", None)
+    if "lr" in values:
+        values[rate] = values.pop("lr")
     if isinstance(learning_rate, str) or is_number(learning_rate):
         number = to_number("learning_rate", learning_rate)
         check("learning_rate", number, ">= 0")
-        if values.get("lr") is not None and to_number("lr", values["lr"]) != number:
-            raise ValueError(f"lr={shown(values['lr'])} and learning_rate={number!r} differ")
-        values["lr"] = number
+        if values.get(rate) is not None and to_number("lr", values[rate]) != number:
+            raise ValueError(f"lr={shown(values[rate])} and learning_rate={number!r} differ")
+        values[rate] = number
     signature = inspect.signature(cls).parameters
-    if "lr" in signature and "lr" not in values and signature["lr"].default is inspect._empty:
-        values["lr"] = None if values.get("relative_step") in (True, "true") else _DEFAULT_LR
+    if rate in signature and rate not in values and signature[rate].default is inspect._empty:
+        values[rate] = None if values.get("relative_step") in (True, "true") else _DEFAULT_LR
     return arguments_of(cls, values, skip={"params"})
 
 
@@ -172,6 +175,22 @@ def configure_param_groups(params: Any, optimizer_params: Mapping[str, Any]) -> 
     [{'params': ['dense.bias'], 'weight_decay': 0.0, 'no_weight_decay': True}, \
 {'params': ['dense.kernel'], 'adjust_learning_rate': 0.5}]
     """
+    rate = optimizer_params.get("lr", optimizer_params.get("learning_rate"))
+    rate = to_number("lr", rate) if isinstance(rate, str) else rate
+    return make_param_groups(params, optimizer_params, "lr", rate)
+
+
+def make_param_groups(
+    params: Any, optimizer_params: Mapping[str, Any], key: str, rate: Any
+) -> ParamGroups:
+    """See `configure_param_groups`.
+
+    Args:
+      params: a pytree of arrays or an nnx.Module.
+      optimizer_params: of its keys ``adjust_learning_rate`` and ``params`` are read.
+      key: what the groups call the learning rate.
+      rate: the learning rate; it is used if it is a number or a schedule.
+    """
     names = names_of(params)
     is_free = no_decay_rule(params)
     values: dict[str, dict[str, Any]] = {n: dict(_NO_DECAY) if is_free(n) else {} for n in names}
@@ -188,12 +207,10 @@ def configure_param_groups(params: Any, optimizer_params: Mapping[str, Any]) -> 
     for layer_type, factor in lr_factors(optimizer_params.get("adjust_learning_rate")).items():
         for name in layer_names(layer_type, names):
             values[name]["adjust_learning_rate"] = factor
-    lr = optimizer_params.get("lr", optimizer_params.get("learning_rate"))
-    lr = to_number("lr", lr) if isinstance(lr, str) else lr
     for mine in values.values():
-        rate = mine.get("lr", lr)
-        if "adjust_learning_rate" in mine and (is_number(rate) or callable(rate)):
-            mine["lr"] = _times(rate, mine["adjust_learning_rate"])
+        own = mine.get(key, rate)
+        if "adjust_learning_rate" in mine and (is_number(own) or callable(own)):
+            mine[key] = _times(own, mine["adjust_learning_rate"])
     groups: list[dict[str, Any]] = []
     for name in names:
         for group in groups:

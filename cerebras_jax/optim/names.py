@@ -177,6 +177,12 @@ def missing_arguments(cls: type, given: Collection[str], skip: Collection[str]) 
     ]
 
 
+def rate_key(cls: type) -> str:
+    """What the constructor calls the learning rate: ``"lr"``, or, as optax, ``"learning_rate"``."""
+    names = inspect.signature(cls).parameters
+    return "learning_rate" if "learning_rate" in names and "lr" not in names else "lr"
+
+
 def _coerce(name: str, value: Any, parameter: inspect.Parameter) -> Any:
     """Strings as the numbers or flags they stand for, unless the argument is a string."""
     if parameter.name == "param_group_tags":
