@@ -206,6 +206,8 @@ class _Program:
     def run(self, call: _Call, donor: Donor) -> Any:
         """Runs the step, and puts the results into the objects."""
         was_traced = any(is_traced(x) for arrays in call.arrays for x in arrays[:1])
+        if call.objects and not was_traced and any(is_traced(x) for x in call.inputs):
+            raise RuntimeError(OUTSIDE.format(name="an argument of a traced function"))
         donated = call.donated(donor)
         with deferred_signals():
             self.call = call

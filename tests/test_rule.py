@@ -128,8 +128,10 @@ def test_low_precision_follows_float32(entry, dtype):
     tx = entry.pure(**entry.kwargs)
     updates, state = tx.update(grads, tx.init(params), params)
     assert updates["w"].dtype == dtype
-    for x in jax.tree.leaves(state.states):
-        assert x.dtype == dtype
+    wide = entry.pure.rule(**entry.kwargs).wide
+    for name, tree in zip(state.states._fields, state.states, strict=True):
+        for x in jax.tree.leaves(tree):
+            assert x.dtype == (jnp.float32 if name in wide else dtype)
     for x in jax.tree.leaves(state.clock):
         assert x.dtype == jnp.float32
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (params, grads))

@@ -14,8 +14,8 @@ from optimizers import OPTIMIZERS
 
 import cerebras_jax as cjax
 from cerebras_jax import optim
-from cerebras_jax.signals import deferred_signals
 from cerebras_jax.optim import lr_scheduler as lrs
+from cerebras_jax.signals import deferred_signals
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.zeros(3)}
 X = jnp.ones((4, 2))

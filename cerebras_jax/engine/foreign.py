@@ -1,4 +1,4 @@
-"""Any optax factory with the manners of ours: live numbers, None gradients, errors with its name."""
+"""Any optax factory with the manners of ours: live numbers, None gradients, its name in errors."""
 
 import functools
 import inspect

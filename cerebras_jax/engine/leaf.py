@@ -28,9 +28,9 @@ def init_leaf(rule: Rule, state_dtype: StateDtype, p: Any) -> Any:
         state = rule.init(p)
         if not hasattr(state, "_fields"):
             raise TypeError(f"a rule's init must return a NamedTuple, got {type(state).__name__}")
-        if state_dtype is None:
-            return state
-        return type(state)(*(_cast_state(state_dtype, *item) for item in fields(state)))
+        return type(state)(
+            *(_cast_state(state_dtype, name in rule.wide, name, x) for name, x in fields(state))
+        )
     if not rule.supports_complex:
         raise TypeError("this optimizer does not support complex parameters")
     if state_dtype is not None:
@@ -111,11 +111,13 @@ def _checked_update(factory: Callable[..., Rule], result: Any, s: Any, p: Array)
     return jnp.asarray(u), new
 
 
-def _cast_state(state_dtype: StateDtype, name: str, value: Any) -> Any:
+def _cast_state(state_dtype: StateDtype, is_wide: bool, name: str, value: Any) -> Any:
     if value is None:
         return None
     dtype = state_dtype.get(name) if isinstance(state_dtype, dict) else state_dtype
-    return value if dtype is None else value.astype(dtype)
+    if dtype is None:
+        dtype = jnp.promote_types(value.dtype, jnp.float32) if is_wide else value.dtype
+    return value if value.dtype == dtype else value.astype(dtype)
 
 
 def _store(x: Array, like: Array) -> Array:

@@ -36,6 +36,8 @@ class Rule(NamedTuple):
       supports_complex: whether treating a complex parameter as pairs of reals makes sense.
       written_last: states that ``u`` reads as they were before the step. They are overwritten
         one after the other when the parameter is done, or XLA would have to copy them first.
+      wide: states that are kept in at least float32 unless ``state_dtype`` says otherwise: sums
+        and averages of squares, which underflow in float16 and stand still in bfloat16.
     """
 
     init: Callable[[Any], Any]
@@ -44,6 +46,7 @@ class Rule(NamedTuple):
     tick: Callable[[Any, Array], tuple[Any, Any]] = _same_clock
     supports_complex: bool = True
     written_last: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
 
 
 def has_term(number: Any) -> bool:

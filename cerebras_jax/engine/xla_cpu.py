@@ -108,7 +108,7 @@ def arranged(
     if is_enabled():
         # Each result on its own: none waits for what another also needs, and XLA makes one loop.
         for k, name in enumerate(new._fields):
-            _, apart = run(_after(g, numbers, k + 1), g)
+            _, apart = run(*_after(g, (numbers, g), k + 1))
             new = new._replace(**{name: getattr(apart, name)})
         return new
     done = p + u if written_last else p

@@ -51,7 +51,7 @@ def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners)
     Raises:
       ValueError: if the state does not hold that of the groups exactly once.
     """
-    leaves, treedef = jax.tree.flatten(state)
+    leaves = jax.tree.leaves(state)
     index = {id(x): i for i, x in enumerate(leaves)}
     of: dict[str, dict[str, Place]] = {name: {} for name in names.values()}
     nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_groups) if _is_groups(x)]

@@ -1,12 +1,10 @@
 """How a class makes its optax pair from the values of a parameter group."""
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import optax
 
 from cerebras_jax.engine import foreign

@@ -1,4 +1,4 @@
-"""The numbers among the values of a parameter group: arguments of a program, not parts of its key."""
+"""The numbers among a parameter group's values: arguments of a program, not parts of its key."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence

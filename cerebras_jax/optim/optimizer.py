@@ -32,7 +32,6 @@ from cerebras_jax.stateful import OUTSIDE, Fill, Memento, Parts, Stateful, freez
 from cerebras_jax.transforms import clipping
 from cerebras_jax.types import Array
 
-
 P = ParamSpec("P")
 
 
@@ -89,7 +88,7 @@ class Optimizer(Stateful, ABC):
     """
 
     transient: ClassVar[tuple[str, ...]] = ("_lock", "_index", "_donor")
-    _special: ClassVar[frozenset[str]] = frozenset(
+    special: ClassVar[frozenset[str]] = frozenset(
         {"param_groups", "_sources", "_trees", "_names", "max_gradient_norm", "max_gradient_value"}
         | {"_live", "_was_stepped", "_was_scheduled"}
     )  # attributes that `parts` takes apart by itself
@@ -195,11 +194,11 @@ class Optimizer(Stateful, ABC):
             optimizer is then as it was.
         """
         with self.lock:
-            before = Memento(self)
+            before, kept = Memento(self), self._kept_state()
             try:
                 self._add_group(group)
                 self._structured_as_list = True
-                self._allocate(keep=True)
+                self._allocate(kept)
             except BaseException:
                 before.undo()
                 raise
@@ -343,15 +342,18 @@ class Optimizer(Stateful, ABC):
         """Per parameter name, the states by name."""
         return self._state
 
-    def _allocate(self, keep: bool = False) -> None:
-        """Makes the state anew; with ``keep``, that of parameters which have one stays."""
-        old = self._state if keep else {}
+    def _kept_state(self) -> Any:
+        """The state in a form that stays when parameters are added."""
+        return self._state
+
+    def _allocate(self, kept: Any = None) -> None:
+        """Makes the state anew; that of parameters which is in ``kept`` stays."""
         self._state = {}
         self.preinitialize()
         if self.enable_global_step:
             for name in self._names:
                 self._state.setdefault(name, {})["step"] = jnp.zeros((), jnp.int32)
-        self._state.update(old)
+        self._state.update(kept or {})
 
     def visit_state(self, fn: Callable[[Array], Array | None]) -> None:
         """Applies ``fn`` to every state value; what it returns, unless None, replaces it."""
@@ -525,7 +527,7 @@ class Optimizer(Stateful, ABC):
 
     def _rest(self) -> dict[str, Any]:
         """The attributes that are taken apart like those of any `Stateful`."""
-        return {k: v for k, v in self._attributes().items() if k not in self._special}
+        return {k: v for k, v in self._attributes().items() if k not in self.special}
 
     def _split_groups(self) -> tuple[list[Any], tuple]:
         """The groups' numbers, and a hashable value made of the rest."""
@@ -545,7 +547,7 @@ class Optimizer(Stateful, ABC):
     def _remember_live(self, i: int, marks: tuple) -> None:
         """A number that was an argument once stays one, so that a zero is no new program."""
         for key, mark in marks:
-            if (mark is NUMBER or isinstance(mark, tuple) and NUMBER in mark) and (
+            if (mark is NUMBER or (isinstance(mark, tuple) and NUMBER in mark)) and (
                 (i, key) not in self._live
             ):
                 self._live.add((i, key))
@@ -641,8 +643,9 @@ class Optimizer(Stateful, ABC):
             rows.append("".join(f"<td>{html.escape(str(c))}</td>" for c in cells))
         total = sum(x.nbytes for x in jax.tree.leaves(self._state))
         body = "".join(f"<tr><td>{i}</td>{row}</tr>" for i, row in enumerate(rows))
+        title = html.escape(type(self).__name__)
         return (
-            f"<table><caption><code>{html.escape(type(self).__name__)}</code>: {len(self._names)} arrays, "
+            f"<table><caption><code>{title}</code>: {len(self._names)} arrays, "
             f"{total:,} bytes of state</caption><tr><th>group</th>{head}</tr>{body}</table>"
         )
 

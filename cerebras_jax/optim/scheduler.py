@@ -15,9 +15,9 @@ import numpy as np
 
 from cerebras_jax import schedules
 from cerebras_jax.checks import is_traced
+from cerebras_jax.formats.state_dict import plain_value
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.formats.state_dict import plain_value
 from cerebras_jax.stateful import OUTSIDE, Fill, Parts, Stateful, freeze
 
 P = ParamSpec("P")
@@ -60,7 +60,7 @@ class Scheduler(Stateful, ABC):
 
     key: ClassVar[str]
     keys: ClassVar[tuple[str, ...]] = ()  # other names of it, for optimizers that use them
-    _special: ClassVar[frozenset[str]] = frozenset({"optimizer", "last_epoch", "_last_lr"})
+    special: ClassVar[frozenset[str]] = frozenset({"optimizer", "last_epoch", "_last_lr"})
 
     optimizer: Optimizer
     last_epoch: Any
@@ -221,7 +221,7 @@ class Scheduler(Stateful, ABC):
         return [epoch, *map(as_argument, values)]
 
     def _rest(self) -> dict[str, Any]:
-        return {k: v for k, v in self._attributes().items() if k not in self._special}
+        return {k: v for k, v in self._attributes().items() if k not in self.special}
 
     def __repr__(self) -> str:
         epoch = plain_value(self.last_epoch)
@@ -351,7 +351,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
 class SchedulerComposition(Scheduler):
     """A scheduler made of schedulers, which it takes over: only it is stepped."""
 
-    _special = Scheduler._special | {"_schedulers"}
+    special = Scheduler.special | {"_schedulers"}
     _schedulers: list[Scheduler]
 
     def _adopt(self, optimizer: Optimizer, children: Any) -> None:

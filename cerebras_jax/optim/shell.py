@@ -1,4 +1,4 @@
-"""The class form of a pure optimizer: it holds parameters, groups and state, and computes nothing."""
+"""The class form of a pure optimizer: parameters, groups and state; it computes nothing."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,7 +75,7 @@ class ShellOptimizer(Optimizer, Generic[P]):
     counts_steps: ClassVar[bool] = False
     states_to_sparsify: ClassVar[tuple[str, ...]] = ()
     transient = (*Optimizer.transient, "_cache")
-    _special = Optimizer._special | {
+    special = Optimizer.special | {
         "_state",
         "_structure",
         "_groups",
@@ -83,7 +83,7 @@ class ShellOptimizer(Optimizer, Generic[P]):
         "_checked",
         "_keys",
     }
-    _special |= {"defaults"}
+    special |= {"defaults"}
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -164,8 +164,10 @@ class ShellOptimizer(Optimizer, Generic[P]):
         absent = tuple(i for i, g in enumerate(grads) if g is None)
         bounds = self._bounds()
         program = self._program(statics, absent, tuple(bounds))
-        was_traced = is_traced(next(iter(self._state or self._values()), None))
         donor, params = self._the_donor(), self._values()
+        was_traced = self.is_traced()
+        if not was_traced and any(is_traced(g) for g in grads):
+            raise RuntimeError(OUTSIDE.format(name="the optimizer"))
         if not was_traced and jax.default_backend() == "cpu":
             # What failed must not take the parameters with it. Elsewhere the host runs ahead.
             jax.block_until_ready(grads)
@@ -344,17 +346,17 @@ class ShellOptimizer(Optimizer, Generic[P]):
         self.__dict__.pop("_cache", None)
         self._catalogue()
 
-    def _allocate(self, keep: bool = False) -> None:
-        if not keep:
-            self._state = []
-            self.preinitialize()
-            return
-        old, shared = self._full_entries(), self._shared()
-        checked = self._checked
+    def _kept_state(self) -> Any:
+        return self._full_entries(), self._shared(), self._checked
+
+    def _allocate(self, kept: Any = None) -> None:
+        self._state = []
         self.preinitialize()
-        self._checked = [*checked, *self._checked[len(checked) :]]
-        self._set_entries(old)
-        self._set_shared({k: v for k, v in shared.items() if k in self._catalogue().shared})
+        if kept is not None:
+            entries, shared, checked = kept
+            self._checked[: len(checked)] = checked
+            self._set_entries(entries)
+            self._set_shared({k: v for k, v in shared.items() if k in self._catalogue().shared})
 
     def _regroup(self) -> None:
         """Moves the states when names were moved between groups, or within one."""
@@ -372,10 +374,7 @@ class ShellOptimizer(Optimizer, Generic[P]):
                 f"missing: {sorted(missing)[:5]}, unknown: {sorted(extra)[:5]}, "
                 f"twice: {sorted(twice)[:5]}"
             )
-        old, shared = self._full_entries(), self._shared()
-        self.preinitialize()
-        self._set_entries(old)
-        self._set_shared(shared)
+        self._allocate(self._kept_state())
 
     def _catalogue(self) -> Catalogue:
         cache = self.__dict__.setdefault("_cache", {})

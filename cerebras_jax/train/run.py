@@ -14,8 +14,8 @@ import yaml
 from flax import nnx
 from rich.console import Console
 
-from cerebras_jax.signals import deferred_signals
 from cerebras_jax.recipe import Recipe
+from cerebras_jax.signals import deferred_signals
 from cerebras_jax.train import data, gpt, report
 
 _EVAL_BATCHES = 8

@@ -1,1 +1,1 @@
-"""Transformations of optimizers: functions from an optax pair to an optax pair, one file each."""
+"""Transformations around an optimizer: optax pair to optax pair, each with its state."""

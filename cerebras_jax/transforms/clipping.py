@@ -62,8 +62,8 @@ def clip_factor(norm: Array, max_norm: Scalar | None) -> Array:
 def clip_gradients(grads: Any, factor: Array | None, max_value: Scalar | None) -> Any:
     """Multiplies by ``factor``, then bounds every element; computed in at least float32.
 
-    Dtypes stay. With a factor of 1 no bit changes, which a multiplication alone would not
-    promise: XLA's CPU backend takes subnormal numbers for zeros.
+    Dtypes stay. A factor of 1 changes no bit, except that XLA's CPU backend takes subnormal
+    numbers for zeros, as it does in every rule; a select that spared them would not be fused.
     """
 
     def clip_real(x: Array) -> Array:

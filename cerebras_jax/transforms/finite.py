@@ -62,8 +62,10 @@ def guard(
     * ``loss_scale``: what the loss was multiplied with before it was differentiated. The
       gradients are divided by it, in float32, which they then stay in.
 
-    A traced update costs one more pass over the gradients, and no copy. An eager one waits for
-    the verdict.
+    A traced update costs one more pass over the gradients, and stores the updates, which XLA
+    would otherwise fuse with the sum; ``returns_params`` saves that, and then no array is copied
+    and no temporary made. An eager update waits for the verdict. Within ``jax.shard_map`` the
+    gradients must be the same on all devices, or each would decide for itself: JAX refuses that.
 
     Args:
       tx: what to guard; anything between it and the gradients is not seen.

@@ -71,7 +71,9 @@ def adadelta(
         acc_delta = rho * s.acc_delta + (1 - rho) * delta * delta
         return -lr * delta, AdadeltaState(square_avg, acc_delta)
 
-    return Rule(init, update, written_last=("acc_delta", "square_avg"))
+    return Rule(
+        init, update, written_last=("acc_delta", "square_avg"), wide=("square_avg", "acc_delta")
+    )
 
 
 class Adadelta(Optimizer.of(adadelta)):

@@ -136,7 +136,12 @@ def adafactor(
             u = m = beta1 * s.exp_avg + (1 - beta1) * u
         return -add_weight_decay(u, weight_decay * rate, p), AdafactorState(row, col, v, m)
 
-    return Rule(init, update, supports_complex=False)
+    return Rule(
+        init,
+        update,
+        supports_complex=False,
+        wide=("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"),
+    )
 
 
 def _mean(x: Array, axis: int | None) -> Array:

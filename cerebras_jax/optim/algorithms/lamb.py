@@ -81,7 +81,7 @@ def lamb(
         ratio = jnp.where(has_norms, p_norm / jnp.where(has_norms, u_norm, 1), 1)
         return -lr * ratio * u, LambState(m, v)
 
-    return Rule(init, update)
+    return Rule(init, update, wide=("exp_avg_sq",))
 
 
 class Lamb(Optimizer.of(lamb)):
