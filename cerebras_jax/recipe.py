@@ -276,7 +276,7 @@ def _recipe(sections: Sections) -> Recipe:
         _positive(sections.others, "max_gradient_norm"),
         _positive(sections.others, "max_gradient_value"),
         factors or None,
-        [params] if isinstance(params, Mapping) else params,
+        [dict(given) for given in _listed(params)] or None,
     )
 
 
@@ -343,6 +343,10 @@ def _check_schedulers(
                 f"{one.where} and {other.where} both drive the {one.key} of one group; their "
                 f"param_group_tags are {shown(a)} and {shown(b)}"
             )
+
+
+def _listed(params: Any) -> Sequence[Any]:
+    return [params] if isinstance(params, Mapping) else params or ()
 
 
 def _positive(section: Mapping[str, Any], key: str) -> float | None:

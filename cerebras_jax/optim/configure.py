@@ -80,7 +80,11 @@ def optimizer_arguments(cls: type[Optimizer], values: Mapping[str, Any]) -> dict
             raise ValueError(f"lr={shown(values[rate])} and learning_rate={number!r} differ")
         values[rate] = number
     signature = inspect.signature(cls).parameters
-    if rate in signature and rate not in values and signature[rate].default is inspect._empty:
+    if (
+        rate in signature
+        and rate not in values
+        and signature[rate].default is inspect.Parameter.empty
+    ):
         values[rate] = None if values.get("relative_step") in (True, "true") else _DEFAULT_LR
     return arguments_of(cls, values, skip={"params"})
 

@@ -370,4 +370,4 @@ def _schedule_of(config: ScheduleConfig) -> Schedule:
         return closed_form(cls, config.arguments)
     names = {new: old for old, new in cls.renamed.items()}  # pyright: ignore
     scheduler: Any = object.__new__(cls)
-    return scheduler._make_schedule({names.get(k, k): v for k, v in values.items()})
+    return scheduler.make_schedule({names.get(k, k): v for k, v in values.items()})
