@@ -299,7 +299,8 @@ def _factors(sections: Sections) -> dict[Any, float]:
     if unknown:
         warnings.warn(f"not acted on: {', '.join(f'model.{k}' for k in unknown)}", stacklevel=3)
     factors = lr_factors(given)
-    if derived and given:
+    left_out = (given or {}).keys() - factors.keys()
+    if factors and derived.keys() - left_out:
         warnings.warn(
             f"adjust_learning_rate={shown(dict(given))} counts where it and the factors of "
             f"model.mup_base_hidden_size and mup_base_filter_size differ: {derived}",
