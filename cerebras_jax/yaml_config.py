@@ -25,7 +25,6 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[s
     {'optimizer': {'optimizer_type': 'SGD'}}
     """
     if isinstance(source, Mapping):
-        check_config(source)
         return source
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"a configuration is a path or a dict, got {type(source).__name__}")

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "cerebras_jax"
 
 FLOORS = [
-    {"types", "checks", "signals", "programs", "yaml_config"},
+    {"types", "checks", "messages", "signals", "programs", "yaml_config"},
     {"donation", "stateful", "schedules"},
     {"engine", "engine.rule"},
     {"engine.hyper", "engine.rounding", "engine.trees", "engine.xla_cpu"},
@@ -26,9 +26,12 @@ FLOORS = [
     {"optim.optimizer"},
     {"optim.shell"},
     {"optim.algorithms.*", "optim.scheduler"},
-    {"optim.lr_scheduler", "optim.weight_decay_scheduler"},
+    {"optim.lr_scheduler", "optim.weight_decay_scheduler", "optim.decay"},
+    {"optim.names", "optim.detached"},
+    {"optim.layer_types", "optim.schedule_config"},
     {"optim.configure"},
     {"optim"},
+    {"sections"},
     {"trace"},
     {"recipe"},
     {""},  # the face of the package

@@ -208,7 +208,7 @@ class Optimizer(Stateful, ABC):
             raise TypeError(f'a parameter group is a dict with the key "params", got {group!r}')
         self._add_source(group["params"], [dict(group)])
 
-    def _add_source(self, tree: Any, groups: Sequence[dict[str, Any]] | None) -> None:
+    def _add_source(self, tree: Any, groups: Sequence[Mapping[str, Any]] | None) -> None:
         """Adds a tree; without groups of names, or with one that holds the tree, as one group."""
         source, values = make_source(tree)
         known = {id(v) for v in self._values()}

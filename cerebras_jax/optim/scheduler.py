@@ -299,7 +299,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
             for k, v in bound.arguments.items()
             if k not in ("optimizer", "param_group_tags")
         }
-        self._schedule = self._make_schedule(values)
+        self._schedule = self.make_schedule(values)
         super().__init__(
             optimizer,
             total_iters=getattr(self._schedule, "total_iters", None),
@@ -310,7 +310,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
         """The schedule's own name of an argument."""
         return next((old for old, new in self.renamed.items() if new == name), name)
 
-    def _make_schedule(self, values: dict[str, Any]) -> Any:
+    def make_schedule(self, values: dict[str, Any]) -> Any:
         """Hook: the schedule of the constructor's values."""
         return self.schedule_type(**values)
 
