@@ -297,8 +297,8 @@ class Optimizer(Stateful, ABC):
         value, grads = self._gradients(grads_or_closure, has_aux)
         bounds = self._bounds()
         if bounds:
-            norm, value = (bounds.get(f"max_gradient_{k}") for k in ("norm", "value"))
-            grads = clipping.clipped(grads, norm, value)
+            limits = (bounds.get(f"max_gradient_{k}") for k in ("norm", "value"))
+            grads = clipping.clipped(grads, *limits)
         return value, dict(zip(self._names, grads, strict=True))
 
     def _bounds(self) -> dict[str, Any]:

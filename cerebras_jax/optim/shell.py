@@ -164,15 +164,15 @@ class ShellOptimizer(Optimizer, Generic[P]):
         absent = tuple(i for i, g in enumerate(grads) if g is None)
         bounds = self._bounds()
         program = self._program(statics, absent, tuple(bounds))
-        donor, params = self._the_donor(), self._values()
         was_traced = self.is_traced()
         if not was_traced and any(is_traced(g) for g in grads):
             raise RuntimeError(OUTSIDE.format(name="the optimizer"))
         if not was_traced and jax.default_backend() == "cpu":
             # What failed must not take the parameters with it. Elsewhere the host runs ahead.
             jax.block_until_ready(grads)
-        state = donor.ready(self._state)
-        params = donor.ready(params, owners=1)
+        # Their homes hold each of them once: the list of states, a tree or a module.
+        given = self._the_donor().ready([*self._state, *self._values()], owners=1)
+        state, params = given[: len(self._state)], given[len(self._state) :]
         with deferred_signals():
             try:
                 state, params = program.run(state, params, grads, values, [*bounds.values()])
