@@ -60,9 +60,7 @@ FACTORIES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("factory", "hyper"), FACTORIES, ids=[f.__name__ for f, _ in FACTORIES]
-)
+@pytest.mark.parametrize(("factory", "hyper"), FACTORIES, ids=[f.__name__ for f, _ in FACTORIES])
 def test_the_class_of_an_optax_factory(factory, hyper):
     """As optax's loop, in class and trace, through a state dict, a pickle and a copy."""
     cls = optim.optimizer_of(factory)

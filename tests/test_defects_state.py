@@ -90,9 +90,7 @@ def test_states_of_a_hand_written_optimizer_that_somebody_holds():
 
 
 def _on_a_mesh(x):
-    sharding = jax.sharding.NamedSharding(
-        jax.make_mesh((1,), ("x",)), jax.sharding.PartitionSpec()
-    )
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",)), jax.sharding.PartitionSpec())
     return jax.device_put(x, sharding)
 
 
@@ -202,7 +200,8 @@ def test_no_tracer_leaks(call, around):
     try:
         around(lambda g: call(opt, g))
     except RuntimeError as error:
-        assert "from outside was changed in a traced function" in str(error)
+        if "from outside was changed in a traced function" not in str(error):
+            raise
         jax.tree.map(np.testing.assert_array_equal, opt.params, before)
     check_usable(opt)
 

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optimizers import OPTIMIZERS
 
 import cerebras_jax as cjax
 from cerebras_jax import optim, schedules
 from cerebras_jax.optim import lr_scheduler
-
-from optimizers import OPTIMIZERS
 
 SHAPES = {"a": (3, 2), "b": (2,), "c": (3, 2)}
 STEPS = 5

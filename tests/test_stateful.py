@@ -131,7 +131,7 @@ def test_objects_that_refer_to_each_other():
     np.testing.assert_array_equal(twin.mean.values["mean"], 0.25)
 
 
-# --- optimizers and schedulers as pytrees -----------------------------------------------------------
+# --- optimizers and schedulers as pytrees ---------------------------------------------------------
 
 
 def made():
@@ -206,7 +206,7 @@ def test_a_scan_carries_an_optimizer_with_missing_gradients(make):
     carried.step({"a": jnp.ones(2), "b": jnp.ones(2)})
 
 
-# --- the host runs ahead ----------------------------------------------------------------------------
+# --- the host runs ahead --------------------------------------------------------------------------
 
 
 def test_traced_steps_with_a_scheduler_are_dispatched_without_waiting():

@@ -260,6 +260,15 @@ def plain_value(value: Any) -> Any:
     return to_numpy(value).item() if tuple(value.shape) == () else value
 
 
+def with_functions(value: Any, ours: Any) -> Any:
+    """A loaded value, with our functions where it has None; see `plain_value`."""
+    if isinstance(value, list | tuple) and isinstance(ours, list | tuple):
+        if len(value) == len(ours):
+            return type(ours)(with_functions(v, o) for v, o in zip(value, ours, strict=True))
+        return value
+    return ours if value is None and callable(ours) else value
+
+
 def is_plain_schedule(value: Any) -> bool:
     """Whether a schedule is a value: one of ours that holds no function."""
     if not isinstance(value, Schedule):
