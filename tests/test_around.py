@@ -11,6 +11,7 @@ import pytest
 
 import cerebras_jax as cjax
 from cerebras_jax import optim, schedules
+from cerebras_jax.engine import foreign
 from cerebras_jax.optim import lr_scheduler
 
 traced_step = cjax.trace(lambda opt, g: opt.step(g))
@@ -60,7 +61,7 @@ FACTORIES = [
 ]
 
 
-@pytest.mark.parametrize(("factory", "hyper"), FACTORIES, ids=[f.__name__ for f, _ in FACTORIES])
+@pytest.mark.parametrize(("factory", "hyper"), FACTORIES, ids=lambda x: foreign.name_of(x) if callable(x) else None)
 def test_the_class_of_an_optax_factory(factory, hyper):
     """As optax's loop, in class and trace, through a state dict, a pickle and a copy."""
     cls = optim.optimizer_of(factory)
