@@ -1,7 +1,7 @@
 """Range checks of hyper-parameters: one sentence with the name, the rule and the value."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -33,6 +33,11 @@ def is_number(x: Any) -> bool:
 def is_traced(x: Any) -> bool:
     """Whether the value of ``x`` is known only when a compiled program runs."""
     return isinstance(x, Tracer)
+
+
+def any_traced(values: Iterable[Any]) -> bool:
+    """Whether one of many values `is_traced`; by their types, which are few."""
+    return any(issubclass(kind, Tracer) for kind in set(map(type, values)))
 
 
 def check(name: str, value: Any, rule: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import yaml
 
 from cerebras_jax import optim, schedules
 from cerebras_jax.checks import check
@@ -29,6 +28,7 @@ from cerebras_jax.optim.param_groups import ParamGroups
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.optim.weight_decay_scheduler import WeightDecayScheduler
 from cerebras_jax.transforms.clipping import clip
+from cerebras_jax.yaml_config import read_config
 
 # Read here or by the training loop, so that the optimizer need not warn of them.
 _LOOP_KEYS = {
@@ -216,22 +216,6 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     for w in caught:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     return dataclasses.replace(recipe, warnings=tuple(str(w.message) for w in caught))
-
-
-def read_config(source: Any) -> Mapping[str, Any]:
-    """A configuration as a mapping, from a YAML file or as it is."""
-    if isinstance(source, Mapping):
-        return source
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"a configuration is a path or a dict, got {type(source).__name__}")
-    with open(source, encoding="utf-8") as file:
-        try:
-            config = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{source} is not YAML: {error}") from None
-    if not isinstance(config, Mapping):
-        raise ValueError(f"{source} must be a YAML mapping, got {type(config).__name__}")
-    return config
 
 
 def _sections(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], list[Any]]:

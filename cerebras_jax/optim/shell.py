@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cerebras_jax.checks import is_number, is_traced
+from cerebras_jax.checks import any_traced, is_number, is_traced
 from cerebras_jax.donation import Donate
 from cerebras_jax.engine.hyper import bind, needs_other_buffers, normalize, saturating_increment
 from cerebras_jax.engine.leaf import StateDtype
@@ -164,15 +164,14 @@ class ShellOptimizer(Optimizer, Generic[P]):
         absent = tuple(i for i, g in enumerate(grads) if g is None)
         bounds = self._bounds()
         program = self._program(statics, absent, tuple(bounds))
-        was_traced = self.is_traced()
-        if not was_traced and any(is_traced(g) for g in grads):
-            raise RuntimeError(OUTSIDE.format(name="the optimizer"))
-        if not was_traced and jax.default_backend() == "cpu":
-            # What failed must not take the parameters with it. Elsewhere the host runs ahead.
-            jax.block_until_ready(grads)
-        # Their homes hold each of them once: the list of states, a tree or a module.
-        given = self._the_donor().ready([*self._state, *self._values()], owners=1)
-        state, params = given[: len(self._state)], given[len(self._state) :]
+        params, was_traced = self._values(), self.is_traced()
+        if not was_traced:
+            if any_traced(grads):
+                raise RuntimeError(OUTSIDE.format(name="the optimizer"))
+            if jax.default_backend() == "cpu":
+                # What failed must not take the parameters with it. Elsewhere the host runs ahead.
+                jax.block_until_ready(grads)
+        state, params = self._the_donor().ready(self._state, params, owners=(0, 1))
         with deferred_signals():
             try:
                 state, params = program.run(state, params, grads, values, [*bounds.values()])
@@ -380,9 +379,9 @@ class ShellOptimizer(Optimizer, Generic[P]):
         cache = vars(self).setdefault("_cache", {})
         if "catalogue" not in cache:
             hyper = [self._hyper(group) for group in self.param_groups]
-            shapes = self._structure.unflatten(
-                [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in self._state]
-            )
+            # What the leaves are does not depend on their values, which a map may have replaced.
+            leaves = [jax.ShapeDtypeStruct((), jnp.float32) for _ in self._state]
+            shapes = self._structure.unflatten(leaves)
             cache["catalogue"] = entries.catalogue(
                 shapes,
                 self._treedef(),
