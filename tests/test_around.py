@@ -61,7 +61,9 @@ FACTORIES = [
 ]
 
 
-@pytest.mark.parametrize(("factory", "hyper"), FACTORIES, ids=lambda x: foreign.name_of(x) if callable(x) else None)
+@pytest.mark.parametrize(
+    ("factory", "hyper"), FACTORIES, ids=lambda x: foreign.name_of(x) if callable(x) else None
+)
 def test_the_class_of_an_optax_factory(factory, hyper):
     """As optax's loop, in class and trace, through a state dict, a pickle and a copy."""
     cls = optim.optimizer_of(factory)

@@ -150,7 +150,8 @@ def test_a_new_group_keeps_the_step_counts_of_the_others(cls):
     reached = []
 
     def schedule(step):
-        jax.debug.callback(lambda s: reached.append(np.asarray(s)), step)
+        if isinstance(step, jax.Array):  # in the step, not in the check of the range
+            jax.debug.callback(lambda s: reached.append(np.asarray(s)), step)
         return 0.25
 
     opt.param_groups[0]["lr"] = schedule
@@ -176,7 +177,7 @@ def test_a_state_dict_is_matched_by_name_whatever_the_grouping():
     whole.load_state_dict(saved.state_dict())
     assert moments(whole) == {"a": 0.1, "b": 0.2}
     saved.param_groups[0]["lr"] = 0.7
-    with pytest.raises(ValueError, match=r"param_groups\[0\] joins groups .* \['lr'\]: 0\.7, 0\.1"):
+    with pytest.raises(ValueError, match=r"param_groups\[0\] joins groups .* \['lr'\]: 0\.1, 0\.7"):
         whole.load_state_dict(saved.state_dict())
 
 
@@ -258,12 +259,12 @@ def test_functions_are_stored_as_none_and_stay():
     saved = pickle.loads(pickle.dumps(opt.state_dict()))
     group = saved["param_groups"][0]
     assert (group["lr"], group["betas"]) == (None, (0.9, None))
-    other = optim.AdamW(two(), lr=half, betas=(0.8, half))
+    other = optim.AdamW(opt.params, lr=half, betas=(0.8, half))
     other.load_state_dict(saved)
     assert other.param_groups[0]["lr"] is half
     assert other.param_groups[0]["betas"] == (0.9, half)
     other.step(ones(opt)), opt.step(ones(opt))
-    assert first(other.params) == first(opt.params) | {}
+    assert first(other.params) == first(opt.params)
     with pytest.raises((TypeError, ValueError), match="lr must be a number or a schedule"):
         optim.AdamW(two(), lr=0.1).load_state_dict(saved)
 
@@ -320,21 +321,22 @@ def test_no_warning_for_a_run_that_continues():
     opt.step(ones(opt))
 
 
-@pytest.mark.parametrize("make", [lr_scheduler.LambdaLR, lr_scheduler.MultiplicativeLR])
-def test_a_schedulers_function_stays_the_constructors(make):
-    half = lambda step: 0.5  # noqa: E731
-    opt = optim.SGD(two(), lr=0.1)
-    name = "lr_lambda"
-    sched = make(opt, 1.0, half)
+def test_a_schedulers_function_stays_the_constructors():
+    half = lambda step: 0.5 / (1 + step)  # noqa: E731
+
+    def make():
+        opt = optim.SGD(two(), lr=0.1)
+        return opt, lr_scheduler.LambdaLR(opt, 1.0, half)
+
+    opt, sched = make()
     saved = pickle.loads(pickle.dumps(sched.state_dict()))
-    assert saved[name] is None
-    other = make(optim.SGD(two(), lr=0.1), 1.0, half)
+    assert half not in saved.values()
     opt.step(ones(opt)), sched.step()
-    other.load_state_dict(sched.state_dict())
-    assert other.get_last_lr() == sched.get_last_lr()
-    other.optimizer.step(ones(opt)), other.step()
-    sched.step()
-    assert other.get_last_lr() == sched.get_last_lr()
+    other_opt, other = make()
+    other.load_state_dict(pickle.loads(pickle.dumps(sched.state_dict())))
+    assert other.get_last_lr() == sched.get_last_lr() == [0.25]
+    other_opt.step(ones(opt)), other.step()
+    assert float(other.get_last_lr()[0]) == pytest.approx(0.5 / 3)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +513,7 @@ def test_a_scheduled_zero_is_an_argument_from_the_start(compilations):
 
 def live_programs():
     gc.collect()
-    return sum(isinstance(x, programs.Program) for x in gc.get_objects())
+    return sum(type(x) is programs.Program for x in gc.get_objects())
 
 
 def test_programs_die_with_their_optimizer():

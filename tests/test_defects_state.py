@@ -349,7 +349,7 @@ def test_a_handler_that_exits_in_a_traced_step(handler):
 def test_the_handler_of_an_embedding_application_is_left_alone(monkeypatch):
     """A handler that Python did not install is None to ``signal.getsignal``."""
     set_to = []
-    monkeypatch.setattr(signals.signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signals, "_handler_of", lambda number: None)
     monkeypatch.setattr(signals.signal, "signal", lambda number, h: set_to.append((number, h)))
     with signals.deferred_signals():
         pass

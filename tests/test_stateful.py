@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +126,7 @@ def test_objects_that_refer_to_each_other():
     assert both.opt is opt
     np.testing.assert_array_equal(opt.params["w"], 0.5)
     np.testing.assert_array_equal(mean.values["mean"], 0.25)
-    twin = pickle.loads(pickle.dumps(both))
+    twin = copy.deepcopy(both)
     np.testing.assert_array_equal(twin.mean.values["mean"], 0.25)
 
 
@@ -209,35 +208,29 @@ def test_a_scan_carries_an_optimizer_with_missing_gradients(make):
 # --- the host runs ahead --------------------------------------------------------------------------
 
 
-def test_traced_steps_with_a_scheduler_are_dispatched_without_waiting():
-    """The device waits for an event that the host sets only when all steps are dispatched."""
-    dispatched, in_time = threading.Event(), []
-
-    def wait(x):
-        in_time.append(dispatched.wait(60))
-        return np.asarray(x)
+def test_traced_steps_with_a_scheduler_read_no_device_value(monkeypatch):
+    """Nothing that the host does depends on what the device has worked out."""
 
     @cjax.trace
     def step(opt, sched, g):
         opt.step(g)
         sched.step()
 
-    tree = {"w": jnp.ones((128, 128))}
-    opt = optim.SGD(tree, lr=0.5)
+    opt = optim.SGD({"w": jnp.ones(2)}, lr=0.5)
     sched = lr_scheduler.LinearLR(opt, 0.5, 0.0, 8)
-    g = {"w": jnp.ones((128, 128))}
+    g = {"w": jnp.ones(2)}
     step(opt, sched, g)
 
-    blocked = jax.jit(lambda g: jax.tree.map(_waiting(wait), g))
-    late = blocked(g)  # is ready only when the event is set
-    for _ in range(4):
-        step(opt, sched, late)
-    dispatched.set()
-    jax.block_until_ready(opt.params)
-    assert in_time == [True]
+    def refuse(*args):
+        raise AssertionError("the host waits for the device")
+
+    array = type(g["w"])
+    with monkeypatch.context() as patch:
+        for name in ("__array__", "__float__", "__int__", "__index__", "__bool__", "item"):
+            patch.setattr(array, name, refuse)
+        patch.setattr(array, "_value", property(refuse))
+        patch.setattr(array, "block_until_ready", refuse)
+        for _ in range(4):
+            step(opt, sched, g)
     assert int(sched.last_epoch) == 5
     np.testing.assert_allclose(opt.params["w"], 1 - sum(0.5 * (1 - i / 8) for i in range(5)))
-
-
-def _waiting(wait):
-    return lambda x: jax.pure_callback(wait, jax.ShapeDtypeStruct(x.shape, x.dtype), x)

@@ -619,7 +619,7 @@ class Optimizer(Stateful, ABC):
     # --- display -----------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        sizes = {n: v.size for n, v in self.named_parameters()}
+        sizes = {n: getattr(v, "size", 0) for n, v in self.named_parameters()}
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             total = sum(sizes[n] for n in group["params"])
