@@ -80,8 +80,9 @@ def _adafactor_out(entry: Entry, group: Group) -> Entry:
 
 
 def _adafactor_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    if group.get("eps", (0,))[0] is None:  # torch: the precision of the dtype, as a bound
-        group["eps"] = (defaults["eps"][0], group["eps"][1])
+    eps = group.get("eps")
+    if isinstance(eps, tuple) and eps[:1] == (None,):  # torch: the dtype's precision, as a bound
+        group["eps"] = (defaults["eps"][0], *eps[1:])
     return group
 
 

@@ -379,9 +379,7 @@ class ShellOptimizer(Optimizer, Generic[P]):
         cache = vars(self).setdefault("_cache", {})
         if "catalogue" not in cache:
             hyper = [self._hyper(group) for group in self.param_groups]
-            # What the leaves are does not depend on their values, which a map may have replaced.
-            leaves = [jax.ShapeDtypeStruct((), jnp.float32) for _ in self._state]
-            shapes = self._structure.unflatten(leaves)
+            shapes = self._structure.unflatten([_shape_of(x) for x in self._state])
             cache["catalogue"] = entries.catalogue(
                 shapes,
                 self._treedef(),
@@ -620,6 +618,11 @@ def _first_of(keys: Any) -> tuple[int, ...]:
 
 def _is_any_number(key: str, value: Any) -> bool:
     return is_number(value) or isinstance(value, Slot)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a leaf; a map over an optimizer may have put anything in its place."""
+    return jax.ShapeDtypeStruct(getattr(x, "shape", ()), getattr(x, "dtype", jnp.float32))
 
 
 def _is_pending(value: Any) -> bool:
