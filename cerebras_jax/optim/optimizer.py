@@ -301,9 +301,13 @@ class Optimizer(Stateful, ABC):
             grads = clipping.clipped(grads, *limits)
         return value, dict(zip(self._names, grads, strict=True))
 
+    def check(self) -> None:
+        """Refuses bounds of the gradients that are out of range."""
+        clipping.check_bounds(self.max_gradient_norm, self.max_gradient_value)
+
     def _bounds(self) -> dict[str, Any]:
         """The bounds of the gradients that are set, as arguments of a step."""
-        clipping.check_bounds(self.max_gradient_norm, self.max_gradient_value)
+        Optimizer.check(self)
         names = ("max_gradient_norm", "max_gradient_value")
         given = {name: getattr(self, name) for name in names}
         return {name: as_argument(x) for name, x in given.items() if x is not None}

@@ -318,7 +318,8 @@ class ShellOptimizer(Optimizer, Generic[P]):
         check_buffers(self.maker.factory, old, hyper, present)
 
     def check(self) -> None:
-        """Refuses group values edited since the last step, if they are out of range."""
+        """Refuses values edited since the last step, if they are out of range."""
+        super().check()
         self._regroup()
         self._checked_hyper()
 
