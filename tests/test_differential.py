@@ -112,11 +112,9 @@ def snapshot(opt):
 SETTINGS = ["plain", "missing", "schedule", "scheduler", "clipping", "edits"]
 
 
-CASES = [  # two settings for each optimizer
-    (entry, setting, (jnp.float32, jnp.bfloat16)[(i + j) % 2])
-    for i, entry in enumerate(OPTIMIZERS)
-    for j, setting in enumerate(SETTINGS)
-    if (i + j) % 3 == 0
+CASES = [  # bounded: every second optimizer, each in one of the settings
+    (entry, SETTINGS[i % len(SETTINGS)], (jnp.float32, jnp.bfloat16)[i // 2 % 2])
+    for i, entry in enumerate(OPTIMIZERS[::2])
 ] + [
     (Entry("radam", {"lr": 0.1, "weight_decay": 0.1}), setting, jnp.float32)
     for setting in ("schedule", "scheduler")
