@@ -173,6 +173,11 @@ class _Call:
         remaining = iter(flat)
         return [[next(remaining) for _ in range(n)] for n in counts], treedef.unflatten(state)
 
+    def held(self) -> list[Any]:
+        """The arrays that the objects and modules hold now."""
+        arrays = [obj.parts().arrays for obj in self.objects]
+        return jax.tree.leaves((arrays, nnx.state(tuple(self.modules))))
+
     def refs_of(self, i: int, modules: Sequence[nnx.Module]) -> list[Any]:
         """What object i refers to, with these modules."""
         return [modules[k] if kind == "module" else self.objects[k] for kind, k in self.links[i]]
@@ -217,7 +222,7 @@ class _Program:
             try:
                 arrays, changed, out = self.compiled(donated, call.numbers, call.inputs)
             except Exception as error:
-                lost = [x for x in jax.tree.leaves(donated) if not is_traced(x) and x.is_deleted()]
+                lost = [x for x in call.held() if not is_traced(x) and x.is_deleted()]
                 if lost:
                     error.add_note(
                         f"{len(lost)} arrays of the arguments were given to the failed program and "

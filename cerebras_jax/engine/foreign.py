@@ -25,6 +25,8 @@ _PROBE = {"matrix": jax.ShapeDtypeStruct((4, 4), jnp.float32)}
 
 def name_of(factory: Factory) -> str:
     """What messages call a factory: ``optax.nadamw``."""
+    if isinstance(factory, functools.partial):  # as optax.nadamw is
+        factory = factory.func
     module = getattr(factory, "__module__", "").split(".")[0]
     return f"{module}.{getattr(factory, '__name__', repr(factory))}".lstrip(".")
 

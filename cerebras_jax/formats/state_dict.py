@@ -153,7 +153,7 @@ def _by_position(
                 f"group {i} of the state dict has {len(numbers)} parameters, ours {len(names)}"
             )
         found = theirs.get("param_names")
-        if found and set(found) == set(names):
+        if found and sorted(found) == sorted(names):
             names = list(found)
         by_name |= dict(zip(names, numbers, strict=True))
     if their_names:
@@ -204,7 +204,10 @@ def load_array(name: str, entry: Any, ours: Entry) -> dict[str, Any]:
 def _load_one(key: str, name: str, value: Any, like: Any) -> Any:
     if value is None:  # torch's momentum_buffer before the first step
         return jnp.zeros_like(like)
-    array = to_numpy(value)
+    try:
+        array = to_numpy(value)
+    except (TypeError, ValueError):  # such as lists of unequal lengths
+        array = np.array(None)
     if array.dtype == object or not (
         jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool
     ):
@@ -258,6 +261,15 @@ def plain_value(value: Any) -> Any:
     if is_traced(value):
         return value
     return to_numpy(value).item() if tuple(value.shape) == () else value
+
+
+def with_functions(value: Any, ours: Any) -> Any:
+    """A loaded value, with our functions where it has None; see `plain_value`."""
+    if isinstance(value, list | tuple) and isinstance(ours, list | tuple):
+        if len(value) == len(ours):
+            return type(ours)(with_functions(v, o) for v, o in zip(value, ours, strict=True))
+        return value
+    return ours if value is None and callable(ours) else value
 
 
 def is_plain_schedule(value: Any) -> bool:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cerebras_jax.formats.state_dict import Entry, Group, plain_value
+from cerebras_jax.formats.state_dict import Entry, Group, plain_value, with_functions
 
 # How torch executes a step; says nothing about what is computed.
 _EXECUTION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
@@ -80,8 +80,9 @@ def _adafactor_out(entry: Entry, group: Group) -> Entry:
 
 
 def _adafactor_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    if group.get("eps", (0,))[0] is None:  # torch: the precision of the dtype, as a bound
-        group["eps"] = (defaults["eps"][0], group["eps"][1])
+    eps = group.get("eps")
+    if isinstance(eps, tuple) and eps[:1] == (None,):  # torch: the dtype's precision, as a bound
+        group["eps"] = (defaults["eps"][0], *eps[1:])
     return group
 
 
@@ -147,16 +148,8 @@ def import_group(
     for key, value in renamed.items():
         if key not in defaults and key in {*_EXECUTION_FLAGS, *dialect.flags, "maximize"}:
             continue
-        value = plain_value(value)
-        mine = ours.get(key)
-        if isinstance(value, tuple) and isinstance(mine, tuple) and len(value) == len(mine):
-            value = tuple(_kept(v, m) for v, m in zip(value, mine, strict=True))
-        result[key] = _kept(value, mine)
+        result[key] = with_functions(plain_value(value), ours.get(key))
     return dialect.import_group(result, defaults)
-
-
-def _kept(value: Any, ours: Any) -> Any:
-    return ours if value is None and callable(ours) else value
 
 
 def import_state(dialect: Dialect, entry: Entry, group: Group) -> dict[str, Any]:

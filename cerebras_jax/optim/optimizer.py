@@ -297,13 +297,17 @@ class Optimizer(Stateful, ABC):
         value, grads = self._gradients(grads_or_closure, has_aux)
         bounds = self._bounds()
         if bounds:
-            norm, value = (bounds.get(f"max_gradient_{k}") for k in ("norm", "value"))
-            grads = clipping.clipped(grads, norm, value)
+            limits = (bounds.get(f"max_gradient_{k}") for k in ("norm", "value"))
+            grads = clipping.clipped(grads, *limits)
         return value, dict(zip(self._names, grads, strict=True))
+
+    def check(self) -> None:
+        """Refuses bounds of the gradients that are out of range."""
+        clipping.check_bounds(self.max_gradient_norm, self.max_gradient_value)
 
     def _bounds(self) -> dict[str, Any]:
         """The bounds of the gradients that are set, as arguments of a step."""
-        clipping.check_bounds(self.max_gradient_norm, self.max_gradient_value)
+        Optimizer.check(self)
         names = ("max_gradient_norm", "max_gradient_value")
         given = {name: getattr(self, name) for name in names}
         return {name: as_argument(x) for name, x in given.items() if x is not None}
@@ -619,7 +623,7 @@ class Optimizer(Stateful, ABC):
     # --- display -----------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        sizes = {n: v.size for n, v in self.named_parameters()}
+        sizes = {n: getattr(v, "size", 0) for n, v in self.named_parameters()}
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             total = sum(sizes[n] for n in group["params"])

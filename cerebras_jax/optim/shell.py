@@ -318,7 +318,8 @@ class ShellOptimizer(Optimizer, Generic[P]):
         check_buffers(self.maker.factory, old, hyper, present)
 
     def check(self) -> None:
-        """Refuses group values edited since the last step, if they are out of range."""
+        """Refuses values edited since the last step, if they are out of range."""
+        super().check()
         self._regroup()
         self._checked_hyper()
 
@@ -379,9 +380,7 @@ class ShellOptimizer(Optimizer, Generic[P]):
         cache = vars(self).setdefault("_cache", {})
         if "catalogue" not in cache:
             hyper = [self._hyper(group) for group in self.param_groups]
-            shapes = self._structure.unflatten(
-                [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in self._state]
-            )
+            shapes = self._structure.unflatten([_shape_of(x) for x in self._state])
             cache["catalogue"] = entries.catalogue(
                 shapes,
                 self._treedef(),
@@ -620,6 +619,11 @@ def _first_of(keys: Any) -> tuple[int, ...]:
 
 def _is_any_number(key: str, value: Any) -> bool:
     return is_number(value) or isinstance(value, Slot)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a leaf; a map over an optimizer may have put anything in its place."""
+    return jax.ShapeDtypeStruct(getattr(x, "shape", ()), getattr(x, "dtype", jnp.float32))
 
 
 def _is_pending(value: Any) -> bool:
