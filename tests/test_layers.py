@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "cerebras_jax"
 
 FLOORS = [
-    {"types", "plots", "fusion", "interrupts", "ownership"},
-    {"checks"},
+    {"types"},
+    {"checks", "plots", "fusion", "interrupts", "ownership"},
     {"schedules.arithmetic"},
     {"schedules.fields"},
     {"schedules.base"},
