@@ -1,7 +1,7 @@
 """Range checks of hyper-parameters: one sentence with the name, the rule and the value."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -38,6 +38,11 @@ def is_number(x: Any) -> TypeGuard[Scalar]:
 def is_traced(x: Any) -> bool:
     """Whether the value of ``x`` is known only when a compiled program runs."""
     return isinstance(x, Tracer)
+
+
+def any_traced(values: Iterable[Any]) -> bool:
+    """Whether one of many values `is_traced`; by their types, which are few."""
+    return any(issubclass(kind, Tracer) for kind in set(map(type, values)))
 
 
 def shown(value: Any) -> str:

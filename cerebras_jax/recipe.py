@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import yaml
 
 from cerebras_jax import optim, schedules
 from cerebras_jax.checks import check
@@ -27,9 +26,9 @@ from cerebras_jax.optim.lr_scheduler import LRScheduler
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups
 from cerebras_jax.optim.scheduler import Scheduler
-from cerebras_jax.optim.sources import make_source
-from cerebras_jax.optim.step import Clipping
 from cerebras_jax.optim.weight_decay_scheduler import WeightDecayScheduler
+from cerebras_jax.transforms.clipping import clip
+from cerebras_jax.yaml_config import read_config
 
 # Read here or by the training loop, so that the optimizer need not warn of them.
 _LOOP_KEYS = {
@@ -89,14 +88,15 @@ class Recipe:
             for i, values in enumerate(self._values_of(groups))
         }
         label = {name: str(i) for i, group in enumerate(groups) for name in group["params"]}
-        labels = [label[name] for name in groups.source.names]
+        labels = [label[name] for name in groups.names]
 
         def label_tree(tree: Any) -> Any:
             return jax.tree.structure(tree).unflatten(labels)
 
         update = parts["0"] if len(parts) == 1 else optax.partition(parts, label_tree)
-        clipping = Clipping(self.max_gradient_norm, self.max_gradient_value)
-        return optax.chain(*clipping.links(), update)
+        if self.max_gradient_norm is None and self.max_gradient_value is None:
+            return optax.chain(update)
+        return optax.chain(clip(self.max_gradient_norm, self.max_gradient_value), update)
 
     def _values_of(self, groups: ParamGroups) -> list[dict[str, Any]]:
         """The hyper-parameters of each group, schedules in place of what they drive."""
@@ -190,8 +190,8 @@ def _probe(groups: ParamGroups | None) -> Optimizer:
     nothing = jnp.zeros((0,))
     if groups is None:
         return optim.SGD(nothing, lr=0.0)
-    tree = {name: jnp.zeros((0,)) for name in groups.source.names}
-    return optim.SGD(ParamGroups(make_source(tree), groups), lr=0.0)
+    tree = {name: jnp.zeros((0,)) for name in groups.names}
+    return optim.SGD(ParamGroups(tree, groups), lr=0.0)
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
@@ -216,22 +216,6 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     for w in caught:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     return dataclasses.replace(recipe, warnings=tuple(str(w.message) for w in caught))
-
-
-def read_config(source: Any) -> Mapping[str, Any]:
-    """A configuration as a mapping, from a YAML file or as it is."""
-    if isinstance(source, Mapping):
-        return source
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"a configuration is a path or a dict, got {type(source).__name__}")
-    with open(source, encoding="utf-8") as file:
-        try:
-            config = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{source} is not YAML: {error}") from None
-    if not isinstance(config, Mapping):
-        raise ValueError(f"{source} must be a YAML mapping, got {type(config).__name__}")
-    return config
 
 
 def _sections(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], list[Any]]:

@@ -63,7 +63,7 @@ def test_adafactor_in_float16_with_float32_moments():
     g = {"w": np.full((4, 4), 300.0)}
     paths = {}
     for dtype in (jnp.float16, jnp.float32):
-        tx = optim.adafactor(lr=0.1, state_dtype=jnp.float32)
+        tx = optim.adafactor(lr=0.1)
         params = {"w": jnp.ones((4, 4), dtype)}
         state = tx.init(params)
         for _ in range(3):

@@ -23,3 +23,6 @@ from cerebras_jax.optim.configure import (
 )
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import param_groups
+from cerebras_jax.optim.shell import optimizer_of
+from cerebras_jax.transforms.clipping import clip
+from cerebras_jax.transforms.grouped import grouped

@@ -13,9 +13,10 @@ from flax import nnx
 from cerebras_jax.checks import check, is_number
 from cerebras_jax.optim import lr_scheduler
 from cerebras_jax.optim.lr_scheduler import LRScheduler
-from cerebras_jax.optim.optimizer import Optimizer, RuleOptimizer
+from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups, matching
 from cerebras_jax.optim.scheduler import Scheduler
+from cerebras_jax.optim.shell import ShellOptimizer
 from cerebras_jax.optim.sources import make_source
 
 _LEGACY_OPTIMIZER = {"weight_decay_rate": "weight_decay", "epsilon": "eps"}
@@ -93,8 +94,8 @@ def _subclasses(base: type) -> list[type]:
     """All concrete subclasses that a user can name, later definitions last."""
     result = []
     for cls in base.__subclasses__():
-        is_generated_base = vars(cls).keys() & {"pure", "schedule_type"}
-        is_shell = cls is RuleOptimizer
+        is_generated_base = vars(cls).keys() & {"maker", "schedule_type"}
+        is_shell = cls is ShellOptimizer
         if not inspect.isabstract(cls) and not is_generated_base and not is_shell:
             result.append(cls)
         result += _subclasses(cls)
@@ -292,7 +293,7 @@ def configure_param_groups(params: Any, optimizer_params: Mapping[str, Any]) -> 
     [{'params': ['dense.bias'], 'weight_decay': 0.0, 'no_weight_decay': True}, \
 {'params': ['dense.kernel'], 'adjust_learning_rate': 0.5}]
     """
-    source = make_source(params)
+    source, _ = make_source(params)
     norms = _norm_prefixes(params)
     values: dict[str, dict[str, Any]] = {
         name: dict(_NO_DECAY) if _has_no_decay(name, norms) else {} for name in source.names
@@ -318,7 +319,7 @@ def configure_param_groups(params: Any, optimizer_params: Mapping[str, Any]) -> 
                 break
         else:
             groups.append({"params": [name], **values[name]})
-    return ParamGroups(source, groups)
+    return ParamGroups(params, groups)
 
 
 def _norm_prefixes(params: Any) -> set[str]:

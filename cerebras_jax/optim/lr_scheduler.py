@@ -22,6 +22,7 @@ P = ParamSpec("P")
 class LRScheduler(Scheduler):
     __doc__ = Scheduler.__doc__
     key = "lr"
+    keys = ("learning_rate",)
 
     @classmethod
     def of(cls, schedule_type: Callable[P, schedules.Schedule]) -> type[ScheduleScheduler[P]]:

@@ -4,15 +4,24 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cerebras_jax.optim.sources import Source, make_source
+from cerebras_jax.optim.sources import make_source
 
 
 class ParamGroups(list):
-    """Groups of parameter names, together with the tree or module that the names belong to."""
+    """Groups of parameter names, together with the tree or module that the names belong to.
 
-    def __init__(self, source: Source, groups: Sequence[dict[str, Any]]):
+    Several optimizers may be made of them: each starts from the values of the tree. A module is
+    updated in place, so it is the same for all.
+    """
+
+    def __init__(self, tree: Any, groups: Sequence[dict[str, Any]]):
         super().__init__(groups)
-        self.source = source
+        self.tree = tree
+
+    @property
+    def names(self) -> list[str]:
+        """Dotted names of all parameters, in the order of the tree."""
+        return list(make_source(self.tree)[0].names)
 
 
 def param_groups(params: Any, groups: Sequence[Mapping[str, Any]]) -> ParamGroups:
@@ -37,7 +46,7 @@ def param_groups(params: Any, groups: Sequence[Mapping[str, Any]]) -> ParamGroup
     """
     if isinstance(groups, Mapping):
         raise TypeError(f"groups must be a list of dicts, got one dict: {dict(groups)!r}")
-    source = make_source(params)
+    source, _ = make_source(params)
     remaining = list(source.names)
     result: list[dict[str, Any]] = []
     for i, group in enumerate(groups):
@@ -55,7 +64,7 @@ def param_groups(params: Any, groups: Sequence[Mapping[str, Any]]) -> ParamGroup
         result.append({**group, "params": mine})
     if remaining:
         result.append({"params": remaining})
-    return ParamGroups(source, result)
+    return ParamGroups(params, result)
 
 
 def group_patterns(index: int, group: Mapping[str, Any]) -> list[str]:

@@ -15,13 +15,15 @@ import numpy as np
 
 from cerebras_jax import schedules
 from cerebras_jax.checks import is_traced
+from cerebras_jax.formats.state_dict import plain_value
+from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.optim.state_dict import plain_value
+from cerebras_jax.stateful import OUTSIDE, Fill, Parts, Stateful, freeze
 
 P = ParamSpec("P")
 
 
-class Scheduler(ABC):
+class Scheduler(Stateful, ABC):
     """Writes a schedule's value into one key of an optimizer's parameter groups.
 
     Making one sets the value of step 0; ``step()`` after every ``optimizer.step()`` sets the
@@ -56,7 +58,10 @@ class Scheduler(ABC):
         key of the same group.
     """
 
-    key: ClassVar[str]
+    key: str
+    keys: ClassVar[tuple[str, ...]] = ()  # other names of it, for optimizers that use them
+    special: ClassVar[frozenset[str]] = frozenset({"optimizer", "last_epoch", "_last_lr"})
+
     optimizer: Optimizer
     last_epoch: Any
 
@@ -79,8 +84,12 @@ class Scheduler(ABC):
                 f"param_group_tags {list(self.param_group_tags or ())} match no parameter group; "
                 f"the groups' tags are {found}"
             )
+        self.key = next((k for k in (self.key, *self.keys) if k in self.groups()[0]), self.key)
         if self.key not in self.groups()[0]:
             raise ValueError(f"{type(optimizer).__name__} has no {self.key!r} to schedule")
+        for i, group in enumerate(optimizer.param_groups):
+            if any(group is mine for mine in self.groups()):
+                optimizer.schedule_value(i, self.key)
         self.last_epoch = last_epoch
         self._last_lr: list[Any] = []
         self._check_unclaimed()
@@ -108,11 +117,15 @@ class Scheduler(ABC):
 
     # --- stepping ----------------------------------------------------------------------------
 
-    def step(self, *args: Any, **kwargs: Any) -> None:
+    def step(self) -> None:
         """Advances by one step and writes the new value; call it after ``optimizer.step()``."""
-        self._check_unclaimed()
-        self._claim()
-        self._advance()
+        if self.optimizer.is_traced() and not is_traced(self.last_epoch):
+            raise RuntimeError(OUTSIDE.format(name="a scheduler"))
+        with self.lock, self.optimizer.lock:
+            self._check_unclaimed()
+            self._claim()
+            self.optimizer.note_schedule()
+            self._advance()
 
     def _advance(self) -> None:
         self.increment_last_epoch()
@@ -120,11 +133,8 @@ class Scheduler(ABC):
         self.update_last_lr()
 
     def increment_last_epoch(self) -> None:
-        """Adds 1 to ``last_epoch``."""
-        epoch = self.last_epoch
-        if isinstance(epoch, jax.Array) and not is_traced(epoch):
-            epoch = int(epoch)
-        self.last_epoch = epoch + 1
+        """Adds 1 to ``last_epoch``; a device value stays on the device, unread."""
+        self.last_epoch = self.last_epoch + 1
 
     def update_groups(self, values: Sequence[Any]) -> None:
         """Writes one value into each group."""
@@ -162,8 +172,8 @@ class Scheduler(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """``last_epoch`` and the constructor's values."""
-        hidden = ("optimizer", "_last_lr")
-        state = {k: plain_value(v) for k, v in vars(self).items() if k not in hidden}
+        hidden = ("optimizer", "_last_lr", "key")
+        state = {k: plain_value(v) for k, v in self._attributes().items() if k not in hidden}
         return {**state, "_last_lr": [plain_value(v) for v in self._last_lr]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -173,7 +183,9 @@ class Scheduler(ABC):
           ValueError: if the dict lacks a key, or has one that this scheduler has not.
         """
         self._load(state_dict)
-        self.update_groups(self.get_lr())
+        saved = state_dict.get("_last_lr")
+        exact = isinstance(saved, list | tuple) and len(saved) == len(self.groups())
+        self.update_groups(list(saved) if exact and saved else self.get_lr())
         self.update_last_lr()
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
@@ -183,23 +195,33 @@ class Scheduler(ABC):
             if key != "_last_lr":
                 setattr(self, key, copy.copy(value))
 
-    # --- the parts that change, for trace --------------------------------------------------------
+    # --- the parts that change, for jit and trace ------------------------------------------------
 
-    def _dynamic(self) -> dict[str, Any]:
-        return {"last_epoch": self.last_epoch, "last_lr": self._last_lr}
+    def parts(self) -> Parts:
+        """See `Stateful`: the step and the values are numbers."""
+        arrays: list[Any] = []
+        refs: list[Any] = [self.optimizer]
+        static = (type(self), len(self._last_lr), freeze(self._rest(), arrays, refs))
+        return Parts(arrays, [self.last_epoch, *self._last_lr], static, refs)
 
-    def _set_dynamic(self, dynamic: Mapping[str, Any]) -> None:
-        self.last_epoch, self._last_lr = dynamic["last_epoch"], dynamic["last_lr"]
+    def restore(self, arrays: list[Any], numbers: list[Any], refs: list[Any] | None = None) -> None:
+        """See `Stateful`."""
+        self.last_epoch, *self._last_lr = numbers
+        remaining = None if refs is None else iter(refs)
+        if remaining is not None:
+            self.optimizer = next(remaining)
+        fill = Fill(iter(arrays), remaining)
+        for name, value in self._rest().items():
+            setattr(self, name, fill(value))
 
-    def _static(self) -> tuple:
-        hidden = ("optimizer", "last_epoch", "_last_lr")
-        return (
-            type(self),
-            tuple((k, _Frozen(v)) for k, v in vars(self).items() if k not in hidden),
-        )
+    def as_arguments(self, numbers: list[Any]) -> list[Any]:
+        """See `Stateful`."""
+        epoch, *values = numbers
+        epoch = epoch if isinstance(epoch, jax.Array) else np.asarray(epoch, np.int32)
+        return [epoch, *map(as_argument, values)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+    def _rest(self) -> dict[str, Any]:
+        return {k: v for k, v in self._attributes().items() if k not in self.special}
 
     def __repr__(self) -> str:
         epoch = plain_value(self.last_epoch)
@@ -329,6 +351,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
 class SchedulerComposition(Scheduler):
     """A scheduler made of schedulers, which it takes over: only it is stepped."""
 
+    special = Scheduler.special | {"_schedulers"}
     _schedulers: list[Scheduler]
 
     def _adopt(self, optimizer: Optimizer, children: Any) -> None:
@@ -376,10 +399,11 @@ class SchedulerComposition(Scheduler):
             | {"_schedulers": self._schedulers}
         )
 
-    def _static(self) -> tuple:
-        children = tuple(child._static() for child in self._schedulers)
-        own = [(k, v) for k, v in super()._static()[1] if k != "_schedulers"]
-        return (type(self), tuple(own), children)
+    def parts(self) -> Parts:
+        """See `Stateful`: of the schedulers only what they are counts, not where they are."""
+        parts = super().parts()
+        children = tuple(child.parts().static for child in self._schedulers)
+        return parts._replace(static=(parts.static, children))
 
     def _get_closed_form_lr(self) -> Any:
         return self.schedule(self.last_epoch)
@@ -451,28 +475,6 @@ class ChainScheduler(SchedulerComposition):
 
 
 # --- helpers -------------------------------------------------------------------------------------
-
-
-class _Frozen:
-    """A constructor value in a key: compared by value if it is hashable, else by identity."""
-
-    def __init__(self, value: Any):
-        self.value = tuple(value) if isinstance(value, list) else value
-        self.key = self.value if _is_hashable(self.value) else id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Frozen) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-
-def _is_hashable(x: Any) -> bool:
-    try:
-        hash(x)
-    except TypeError:
-        return False
-    return True
 
 
 def group_tags(group: Mapping[str, Any]) -> set[str | None]:

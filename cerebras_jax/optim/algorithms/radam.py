@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_pair
-from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, bias_correction, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -91,7 +91,7 @@ def radam(
         adapted = jnp.where(now.rectified, now.factor / (jnp.sqrt(v) + eps), 1)
         return -lr * (m / now.bias) * adapted, RAdamState(m, v)
 
-    return Rule(init, update, (), tick)
+    return Rule(init, update, (), tick, wide=("exp_avg_sq",))
 
 
 def _rho(b2: Number, t: Array) -> Array:
@@ -115,4 +115,3 @@ def _langevin(z: Array) -> Array:
 
 class RAdam(Optimizer.of(radam, enable_global_step=True)):
     states_to_sparsify = ("exp_avg", "exp_avg_sq")
-    torch_flags = {"decoupled_weight_decay": False}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag
-from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, has_term, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -90,7 +90,7 @@ def rmsprop(
         b = momentum * s.momentum_buffer + g / scale
         return -lr * b, RMSpropState(square_avg, b, grad_avg)
 
-    return Rule(init, update)
+    return Rule(init, update, wide=("square_avg",))
 
 
 class RMSprop(Optimizer.of(rmsprop)):
