@@ -231,11 +231,11 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {list(choices)}, got {shown(value)}")
 
 
-def check_state_dtype(names: Sequence[str], state_dtype: Any) -> None:
+def check_state_dtype(names: Sequence[str] | None, state_dtype: Any) -> None:
     """Refuses what is no dtype for states: for all of them, or for some by name.
 
     Args:
-      names: of the states that there are.
+      names: of the states that there are; None where that is not known yet.
       state_dtype: None, a floating point dtype, or ``{name: dtype or None}``.
 
     Raises:
@@ -250,8 +250,8 @@ def check_state_dtype(names: Sequence[str], state_dtype: Any) -> None:
     if not isinstance(state_dtype, dict):
         _check_floating("state_dtype", state_dtype)
         return
-    unknown = [name for name in state_dtype if name not in names]
-    if unknown:
+    unknown = [name for name in state_dtype if names is not None and name not in names]
+    if names is not None and unknown:
         raise ValueError(f"state_dtype names {shown(unknown)}, the states are {list(names)}")
     for name, dtype in state_dtype.items():
         _check_floating(f"state_dtype[{name!r}]", dtype)

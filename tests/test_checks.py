@@ -206,6 +206,12 @@ def test_what_is_no_dtype_for_states(bad, error, message):
         checks.check_state_dtype(NAMES, bad)
 
 
+def test_names_that_are_not_known_yet():
+    checks.check_state_dtype(None, {"anything": jnp.bfloat16})
+    with pytest.raises(ValueError, match=r"state_dtype\['anything'\] must be a floating point"):
+        checks.check_state_dtype(None, {"anything": "int8"})
+
+
 def test_float64_states_need_x64():
     with jax.enable_x64(True):
         checks.check_state_dtype(NAMES, np.float64)
