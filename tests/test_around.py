@@ -54,10 +54,7 @@ FACTORIES = [
     (optax.sgd, {"learning_rate": 0.1, "momentum": 0.9, "nesterov": True}),
     (optax.adamw, {"learning_rate": 0.1, "weight_decay": 0.01}),
     (optax.nadamw, {"learning_rate": 0.1}),
-    (optax.adan, {"learning_rate": 0.1}),
-    (optax.lion, {"learning_rate": 0.1}),
     (optax.contrib.ademamix, {"learning_rate": 0.1}),
-    (optax.yogi, {"learning_rate": 0.1}),
 ]
 
 

@@ -232,14 +232,9 @@ class Scheduler(Stateful, ABC):
         missing, extra = sorted(expected - given - {"_last_lr"}), sorted(map(str, given - expected))
         if missing or extra:
             raise ValueError(f"missing {missing}, unexpected {extra}")
-        for key, least in (("last_epoch", -1), ("total_iters", 0)):
-            value = state_dict[key]
-            if value is None and key == "total_iters":
-                continue
-            if not is_number(value) or np.shape(value) != () or value != int(value):
-                raise TypeError(f"{key} must be a whole number, got {value!r}")
-            if value < least:
-                raise ValueError(f"{key} must be >= {least}, got {value}")
+        _check_whole("last_epoch", state_dict["last_epoch"], -1)
+        if state_dict["total_iters"] is not None:
+            _check_whole("total_iters", state_dict["total_iters"], 0)
 
     # --- the parts that change, for jit and trace ------------------------------------------------
 
@@ -540,6 +535,13 @@ def _as_tags(tags: Any) -> tuple[str | None, ...] | None:
     if not isinstance(tags, list | tuple) or not all(isinstance(t, str | None) for t in tags):
         raise TypeError(f"param_group_tags must be a list of tags, got {tags!r}")
     return tuple(tags)
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not is_number(value) or np.shape(value) != () or float(value) % 1 != 0:
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
 _CLAIMS: weakref.WeakKeyDictionary[Optimizer, dict] = weakref.WeakKeyDictionary()
