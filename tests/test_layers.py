@@ -26,7 +26,7 @@ FLOORS = [
     {"transforms.averages", "transforms.grouped", "transforms.spikes"},
     {"transforms.accumulate", "transforms.every", "transforms.finite"},
     {"formats", "formats.state_dict"},
-    {"formats.torch"},
+    {"formats.pytorch"},
     {"optim.makers", "optim.numbers", "optim.sources"},
     {"optim.entries", "optim.param_groups", "optim.program"},
     {"optim.optimizer"},
