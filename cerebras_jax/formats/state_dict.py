@@ -243,6 +243,16 @@ def load_shared(given: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
     return {path: _load_one(path, "around", given[path], like) for path, like in ours.items()}
 
 
+def load_known(given: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what was measured, that which both sides have, in our shapes; the rest stays ours."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"'guard' must be a dict, got {shown(given)}")
+    fits = {k: v for k, v in ours.items() if k in given and np.shape(given[k]) == v.shape}
+    return {key: _load_one(key, "guard", given[key], like) for key, like in fits.items()}
+
+
 def to_numpy(x: Any) -> np.ndarray:
     """A NumPy array from a JAX or NumPy array, a number, or a torch tensor (bfloat16 too)."""
     if hasattr(x, "detach"):

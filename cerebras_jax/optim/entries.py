@@ -13,6 +13,7 @@ from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.trees import path_name
+from cerebras_jax.optim.guarding import guard_only
 from cerebras_jax.transforms.grouped import GroupedState
 from cerebras_jax.types import Array
 
@@ -30,10 +31,12 @@ class Catalogue(NamedTuple):
     Attributes:
       of: per parameter name, the places of its states by key; its step count is ``"step"``.
       shared: places, by path, of what belongs to no parameter: the states of wrappers.
+      guard: places of what watches over the steps; see `guarding`.
     """
 
     of: dict[str, dict[str, Place]]
     shared: dict[str, Place]
+    guard: dict[str, Place]
 
 
 Owners = Callable[[int, Any, Any], list[str | None]]
@@ -70,9 +73,14 @@ def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners)
         else:
             mine = owners(g, own, masked.unflatten(members))
             _add_foreign(of, own, mine, members, index)
+    guard = {
+        path_name(path): Place(index[id(x)])
+        for path, x in jax.tree_util.tree_leaves_with_path(guard_only(state))
+    }
+    known |= {place.leaf for place in guard.values()}
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     shared = {paths[i]: Place(i) for i in range(len(leaves)) if i not in known}
-    return Catalogue(of, shared)
+    return Catalogue(of, shared, guard)
 
 
 def _masked(params: Any, names: Mapping[str, str], members: set[str]) -> Any:

@@ -1,13 +1,10 @@
 """The base class of the stateful optimizers: a step, the state, and their dictionaries."""
 
-import functools
-import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, ParamSpec
 
-import jax
 import jax.numpy as jnp
 
 from cerebras_jax.engine.hyper import normalize, saturating_increment
@@ -19,9 +16,10 @@ from cerebras_jax.formats.state_dict import (
     to_state_dict,
 )
 from cerebras_jax.optim import display
+from cerebras_jax.optim.guarding import BOUNDS
 from cerebras_jax.optim.numbers import as_argument
-from cerebras_jax.optim.owner import BOUNDS, Owner
-from cerebras_jax.optim.sources import ModuleSource
+from cerebras_jax.optim.owner import Owner
+from cerebras_jax.optim.sources import ModuleSource, is_closure, value_and_grad
 from cerebras_jax.transforms import clipping
 from cerebras_jax.types import Array
 
@@ -140,16 +138,15 @@ class Optimizer(Owner, ABC):
         given = {name: getattr(self, name) for name in BOUNDS}
         return {name: as_argument(x) for name, x in given.items() if x is not None}
 
-    def _gradients(self, given: Any, has_aux: bool) -> tuple[Any, list[Any]]:
+    def _gradients(
+        self, given: Any, has_aux: bool, loss_scale: Any = None
+    ) -> tuple[Any, list[Any]]:
         value = None
-        if _is_closure(given):
-            _check_closure(given)
-            if self._is_one_tree():
-                value, given = self._sources[0].value_and_grad(given, self._trees[0], has_aux)
-            elif any(isinstance(s, ModuleSource) for s in self._sources):
+        if is_closure(given):
+            several = len(self._sources) > 1 or self._structured_as_list
+            if several and any(isinstance(s, ModuleSource) for s in self._sources):
                 raise TypeError("a closure over several parameter trees takes no modules")
-            else:
-                value, given = jax.value_and_grad(given, has_aux=has_aux)(self.params)
+            value, given = value_and_grad(given, self.params, has_aux, loss_scale)
         elif given is None:
             raise TypeError("step needs the gradients, or a closure that returns the loss")
         return value, self._align(given)
@@ -309,24 +306,3 @@ class Optimizer(Owner, ABC):
 
     def _repr_html_(self) -> str:
         return display.as_html(self, self._state)
-
-
-# --- helpers -------------------------------------------------------------------------------------
-
-
-def _is_closure(x: Any) -> bool:
-    """A function, as opposed to a tree of gradients, which may be callable too."""
-    return isinstance(x, functools.partial | jax.tree_util.Partial) or (
-        callable(x) and jax.tree_util.all_leaves([x])
-    )
-
-
-def _check_closure(closure: Callable[..., Any]) -> None:
-    try:
-        inspect.signature(closure).bind(None)
-    except ValueError:  # no signature to be had
-        return
-    except TypeError:
-        raise TypeError(
-            "the closure of step is a function of the parameters, e.g. lambda params: loss(params)"
-        ) from None

@@ -1,5 +1,6 @@
 """What an optimizer owns: parameters in groups; and how it comes apart for jit and trace."""
 
+import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,13 +13,12 @@ from cerebras_jax.donation import Donor
 from cerebras_jax.engine.hyper import NUMBER, normalize
 from cerebras_jax.formats.state_dict import check_keys
 from cerebras_jax.optim import numbers as group_numbers
+from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, check_setting
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.param_groups import ParamGroups, is_group_list
 from cerebras_jax.optim.sources import ModuleSource, Source, TreeSource, make_source
 from cerebras_jax.stateful import OUTSIDE, Fill, Memento, Parts, Stateful, freeze
 from cerebras_jax.types import Array
-
-BOUNDS = ("max_gradient_norm", "max_gradient_value")
 
 
 class Owner(Stateful):
@@ -34,6 +34,9 @@ class Owner(Stateful):
     special: ClassVar[frozenset[str]] = frozenset(
         {"param_groups", "_sources", "_trees", "_names", "_live", "_was_stepped", "_was_scheduled"}
     ) | frozenset(BOUNDS)  # attributes that `parts` takes apart by itself
+
+    settings: ClassVar[tuple[str, ...]] = BOUNDS
+    """Of `SETTINGS`, those that this class acts on."""
 
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
@@ -59,6 +62,26 @@ class Owner(Stateful):
                 self._add_group(group)
         else:
             self._add_source(params, None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.settings:
+            check_setting(name, value)
+        elif name in SETTINGS:
+            raise AttributeError(
+                f"{type(self).__name__} does not act on {name}: it has a step of its own, and only "
+                "classes made of a pure optimizer do (Optimizer.of, optimizer_of)"
+            )
+        elif not (name.startswith("_") or name in vars(self) or hasattr(type(self), name)):
+            self._check_new_attribute(name)
+        super().__setattr__(name, value)
+
+    def _check_new_attribute(self, name: str) -> None:
+        """Refuses names that are nearly those of a setting."""
+        near = difflib.get_close_matches(name, self.settings, 1, 0.75)
+        if near:
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}; did you mean {near[0]!r}?"
+            )
 
     @property
     def params(self) -> Any:
@@ -250,7 +273,7 @@ class Owner(Stateful):
             group.update(group_numbers.join(values, mark[1]))
         for name in BOUNDS:
             if getattr(self, name) is not None:
-                setattr(self, name, next(values))
+                vars(self)[name] = next(values)
         self._refill(Fill(remaining, modules))
 
     def array_names(self) -> list[str]:
@@ -325,6 +348,11 @@ class Owner(Stateful):
         return any(
             is_traced(x) for i in range(len(self._sources)) for x in self._source_values(i)[:1]
         )
+
+    @property
+    def took_step(self) -> Any:
+        """Whether the last step was taken: True, or an array where steps may be left out."""
+        return True
 
     def schedule_value(self, i: int, key: str) -> None:
         """Says that a value of group ``i`` will change, so that its zero is an argument too."""

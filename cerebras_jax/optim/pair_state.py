@@ -9,13 +9,18 @@ import jax.numpy as jnp
 from cerebras_jax.checks import is_number
 from cerebras_jax.engine.hyper import normalize, saturating_increment
 from cerebras_jax.formats import pytorch as torch_format
-from cerebras_jax.formats.state_dict import load_shared
+from cerebras_jax.formats.state_dict import load_known, load_shared
 from cerebras_jax.optim import entries, numbers
 from cerebras_jax.optim.entries import Catalogue, StateView
+from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, Guard, StepReport, guard_only
 from cerebras_jax.optim.makers import Maker, RuleMaker
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.stateful import Slot
+from cerebras_jax.transforms.finite import GuardState
+from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.types import Array
+
+SCALED = (-1, "loss_scale")  # among the live values: steps came with a scaler
 
 
 class PairOptimizer(Optimizer):
@@ -26,8 +31,10 @@ class PairOptimizer(Optimizer):
     states_to_sparsify: ClassVar[tuple[str, ...]] = ()
     transient = (*Optimizer.transient, "_cache")
     special = Optimizer.special | {
-        *("_state", "_structure", "_groups", "_same", "_checked", "_keys", "defaults")
+        *("_state", "_structure", "_groups", "_same", "_checked", "_keys", "_fitted"),
+        "defaults",
     }
+    settings = SETTINGS
 
     _state: list[Array]
     _structure: Any  # of the state
@@ -35,6 +42,11 @@ class PairOptimizer(Optimizer):
     _same: Any  # per group, see `clocks`; None: not known
     _checked: list[dict[str, Any]]  # the groups' values when they were last checked
     _keys: list[tuple[str, ...]]  # and their keys
+    _fitted: Guard  # what the state was made for
+
+    skip_nonfinite: bool
+    skip_spikes: SkipSpikes | None
+    measure_gradients: bool
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return normalize({name: group[name] for name in self.defaults})
@@ -63,7 +75,9 @@ class PairOptimizer(Optimizer):
     # --- state -------------------------------------------------------------------------------
 
     def _kept_state(self) -> Any:
-        return self._full_entries(), self._shared(), self._checked
+        catalogue = self._catalogue()
+        shared = catalogue.shared | catalogue.guard
+        return self._full_entries(), entries.read(self._state, shared, {}), self._checked
 
     def _allocate(self, kept: Any = None) -> None:
         self._state = []
@@ -72,7 +86,7 @@ class PairOptimizer(Optimizer):
             entries, shared, checked = kept
             self._checked[: len(checked)] = checked
             self._set_entries(entries)
-            self._set_shared({k: v for k, v in shared.items() if k in self._catalogue().shared})
+            self._set_shared(shared)
 
     def _regroup(self) -> None:
         """Moves the states when names were moved between groups, or within one."""
@@ -150,8 +164,87 @@ class PairOptimizer(Optimizer):
         return entries.read(self._state, self._catalogue().shared, {})
 
     def _set_shared(self, values: Mapping[str, Any]) -> None:
-        for path, value in values.items():
-            self._state[self._catalogue().shared[path].leaf] = value
+        places = self._catalogue().shared | self._catalogue().guard
+        for path in places.keys() & values.keys():
+            self._state[places[path].leaf] = values[path]
+
+    # --- what watches over the steps -----------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in SETTINGS and vars(self).get("_structure") is not None:
+            self._fit_guard()
+
+    def _check_new_attribute(self, name: str) -> None:
+        super()._check_new_attribute(name)
+        if vars(self).get("_structure") is not None and name in self.defaults:
+            raise AttributeError(
+                f"{name} is a value of the parameter groups: set param_groups[i][{name!r}]"
+            )
+
+    def _guard(self) -> Guard:
+        clips = tuple(name for name in BOUNDS if getattr(self, name) is not None)
+        measures = self.measure_gradients or SCALED in self._live
+        skips = self.skip_nonfinite or self.skip_spikes is not None
+        return Guard(clips, self.skip_nonfinite, self.skip_spikes, measures or skips or clips != ())
+
+    def _fit_guard(self) -> None:
+        """Allocates what the settings need, and frees what they do not."""
+        guard = self._guard()
+        if guard == self._fitted:
+            return
+        tree = guard.fitted(self._structure.unflatten(self._state))
+        self._state, self._structure = jax.tree.flatten(tree)
+        self._fitted = guard
+        vars(self).pop("_cache", None)
+
+    def set_live(self, live: frozenset[Any]) -> None:
+        """See `Stateful`."""
+        super().set_live(live)
+        self._fit_guard()
+
+    def _watch(self) -> GuardState | None:
+        return guard_only(self._structure.unflatten(self._state))
+
+    @property
+    def report(self) -> StepReport:
+        """What was seen in the last step, in arrays: nobody waits for the device.
+
+        Raises:
+          RuntimeError: if nothing was looked at: no bound, no skipping, no scaler, and not
+            ``measure_gradients``.
+        """
+        with self.lock:
+            state = self._watch()
+            if state is None:
+                raise RuntimeError(
+                    "the gradients are not measured; set measure_gradients=True on the optimizer"
+                )
+            return StepReport.of(state)
+
+    @property
+    def took_step(self) -> Any:
+        """Whether the last step was taken: True, or an array where steps may be left out."""
+        with self.lock:
+            if not self._guard().judges and SCALED not in self._live:
+                return True
+            state = self._watch()
+            return True if state is None else state.took_step
+
+    def check_skips(self, max_in_a_row: int = 10) -> None:
+        """Raises if too many steps in a row were not taken; waits for the last step.
+
+        Raises:
+          FloatingPointError: says how many, and what was seen.
+        """
+        if self.took_step is True:
+            return
+        report = self.report
+        if (n := int(report.skipped_in_a_row)) >= max_in_a_row:
+            raise FloatingPointError(
+                f"{n} steps in a row were not taken, {int(report.num_skipped_steps)} in all; the "
+                f"last gradients had the norm {float(report.gradient_norm)}"
+            )
 
     def _increment(self, name: str) -> Array:
         place = self._catalogue().of[name].get("step")
@@ -166,14 +259,21 @@ class PairOptimizer(Optimizer):
     # --- state dicts -------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Optimizer.state_dict`; the states of wrappers are under ``"around"``, by path."""
+        """See `Optimizer.state_dict`.
+
+        The states of wrappers are under ``"around"``, by path; what was measured and skipped is
+        under ``"guard"``, which is taken over as far as both sides have it.
+        """
         with self.lock:
             result = super().state_dict()
-            shared = self._shared()
-            return {**result, "around": shared} if shared else result
+            guard = entries.read(self._state, self._catalogue().guard, {})
+            more = {"around": self._shared(), "guard": guard}
+            return {**result, **{k: v for k, v in more.items() if v}}
 
     def _load_shared(self, state_dict: Mapping[str, Any]) -> None:
-        self._set_shared(load_shared(state_dict.get("around"), self._shared()))
+        ours = entries.read(self._state, self._catalogue().guard, {})
+        guard = load_known(state_dict.get("guard"), ours)
+        self._set_shared(load_shared(state_dict.get("around"), self._shared()) | guard)
 
     def _import_group(self, group: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
         return torch_format.import_group(self._dialect(), group, self.defaults, ours)
@@ -243,6 +343,8 @@ class PairOptimizer(Optimizer):
                 names[place.leaf] = f"{name}.{key}" if place.row is None else key
         for path, place in catalogue.shared.items():
             names[place.leaf] = path
+        for path, place in catalogue.guard.items():
+            names[place.leaf] = f"guard.{path}"
         return names
 
     def _hashables(self) -> tuple[Any, ...]:

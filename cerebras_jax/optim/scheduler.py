@@ -110,7 +110,11 @@ class Scheduler(Stateful, ABC):
     # --- stepping ----------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Advances by one step and writes the new value; call it after ``optimizer.step()``."""
+        """Advances by one step and writes the new value; call it after ``optimizer.step()``.
+
+        After a step that the optimizer did not take (``skip_nonfinite``, ``skip_spikes``, a
+        scaler) it stays where it is; outside of `trace` that is waited for.
+        """
         if self.optimizer.is_traced() and not is_traced(self.last_epoch):
             raise RuntimeError(OUTSIDE.format(name="a scheduler"))
         with self.lock, self.optimizer.lock:
@@ -125,8 +129,10 @@ class Scheduler(Stateful, ABC):
         self.update_last_lr()
 
     def increment_last_epoch(self) -> None:
-        """Adds 1 to ``last_epoch``; a device value stays on the device, unread."""
-        self.last_epoch = self.last_epoch + 1
+        """Adds 1 to ``last_epoch``, 0 after a step not taken; a device value stays unread."""
+        took: Any = self.optimizer.took_step if self._last_lr else True  # empty: the first value
+        took = took.astype(np.int32) if is_traced(took) else int(took)
+        self.last_epoch = self.last_epoch + took
 
     def update_groups(self, values: Sequence[Any]) -> None:
         """Writes one value into each group."""

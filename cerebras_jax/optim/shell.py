@@ -1,9 +1,12 @@
 """The class form of a pure optimizer: parameters, groups and state; it computes nothing."""
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, cast, overload
 
 import jax
+import jax.numpy as jnp
 
 from cerebras_jax.checks import any_traced, is_traced
 from cerebras_jax.donation import Donate
@@ -14,13 +17,17 @@ from cerebras_jax.engine.trees import check_grads
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import check_keys
 from cerebras_jax.optim import clocks
+from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.optim.makers import RuleMaker
 from cerebras_jax.optim.numbers import as_argument
-from cerebras_jax.optim.pair_state import PairOptimizer
-from cerebras_jax.optim.program import Plan, Program, Wrapper, program_of, transformation
+from cerebras_jax.optim.pair_state import SCALED, PairOptimizer
+from cerebras_jax.optim.program import Inputs, Plan, Program, Wrapper, program_of, transformation
 from cerebras_jax.optim.signatures import doc_of, signature_of
+from cerebras_jax.optim.sources import is_closure
 from cerebras_jax.signals import deferred_signals
 from cerebras_jax.stateful import OUTSIDE
+from cerebras_jax.transforms.accumulate import Accumulation
+from cerebras_jax.transforms.loss_scale import GradScaler
 
 P = ParamSpec("P")
 
@@ -79,6 +86,7 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
         self.around = tuple(around)
         self.state_dtype = state_dtype
         self._live_keys = self.maker.live(arguments)
+        self.skip_nonfinite, self.skip_spikes, self.measure_gradients = False, None, False
         self._structure, self._same, self._groups = None, None, ()
         self._checked, self._keys = [], []
         counts = self.counts_steps if enable_global_step is None else enable_global_step
@@ -90,8 +98,9 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
         self._checked = [self._hyper(group) for group in self.param_groups]
         self._same = tuple((0,) * len(group) for group in self._groups)
         values, statics = self._arguments()
-        plan = self._plan(statics, (), (), None)
-        tx = transformation(plan, values, [])
+        self._fitted = self._guard()
+        plan = self._plan(statics, (), self._fitted, None)
+        tx = transformation(plan, values, [getattr(self, name) for name in self._fitted.clips])
         state = tx.init(plan.params.unflatten(self._values()))
         self._state, self._structure = jax.tree.flatten(state)
         vars(self).pop("_cache", None)
@@ -100,17 +109,37 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
     # --- one step ----------------------------------------------------------------------------
 
     @overload
-    def step(self, grads_or_closure: Callable[[Any], Any], *, has_aux: bool = False) -> Any: ...
+    def step(
+        self,
+        grads_or_closure: Callable[[Any], Any],
+        *,
+        has_aux: bool = False,
+        scaler: GradScaler | None = None,
+    ) -> Any: ...
     @overload
-    def step(self, grads_or_closure: Any) -> Any: ...
-    def step(self, grads_or_closure: Any = None, *, has_aux: bool = False) -> Any:
+    def step(
+        self, grads_or_closure: Any, *, loss: Any = None, scaler: GradScaler | None = None
+    ) -> Any: ...
+    def step(
+        self,
+        grads_or_closure: Any = None,
+        *,
+        has_aux: bool = False,
+        loss: Any = None,
+        scaler: GradScaler | None = None,
+    ) -> Any:
         """One optimization step.
 
         Args:
           grads_or_closure: gradients like `params` (a None leaf leaves that parameter, its
             states and its step count alone), or a function of the parameters that returns the
-            loss, which is differentiated here.
+            loss, which is differentiated here; also what `cerebras_jax.accumulate` returns.
           has_aux: the closure returns ``(loss, aux)``.
+          loss: the loss that the gradients are of; with ``skip_nonfinite`` or ``skip_spikes`` it
+            is judged too. That of a closure is known.
+          scaler: scales the loss that is differentiated, unscales the gradients, and is updated;
+            gradients that are given must be those of the scaled loss. A step whose gradients are
+            not finite is not taken.
 
         Returns:
           What the closure returned, or None.
@@ -119,18 +148,36 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
           ValueError: if the gradients do not fit the parameters, or a group's value is out of
             range; parameters and state are then untouched.
         """
-        with self.lock:
-            value, grads = self._gradients(grads_or_closure, has_aux)
-            self._apply_gradients(grads)
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise TypeError(f"scaler must be a GradScaler or None, got {scaler!r}")
+        with self.lock, contextlib.nullcontext() if scaler is None else scaler.lock:
+            scale = None if scaler is None else scaler.state.loss_scale
+            value, grads = self._gradients(grads_or_closure, has_aux, scale)
+            if is_closure(grads_or_closure):
+                if loss is not None:
+                    raise TypeError("loss is for given gradients; a closure returns its own")
+                if isinstance(grads_or_closure, Accumulation):
+                    has_aux = grads_or_closure.has_aux
+                loss = value[0] if has_aux else value
+            self._apply_gradients(grads, loss, scaler)
         return value
 
-    def _apply_gradients(self, grads: list[Any]) -> None:
+    def _apply_gradients(self, grads: list[Any], loss: Any, scaler: GradScaler | None) -> None:
         self._note_step()
         self._regroup()
+        guard, bounds = self._fitted, self._bounds()
+        if scaler is not None:
+            guard, bounds = self._guard_with(scaler, bounds)
         values, statics = self._arguments()
         absent = tuple(i for i, g in enumerate(grads) if g is None)
-        bounds = self._bounds()
-        program = self._program(statics, absent, tuple(bounds))
+        program = self._program(statics, absent, guard)
+        inputs = Inputs(
+            grads,
+            values,
+            list(bounds.values()),
+            loss if guard.judges else None,
+            None if scaler is None else scaler.state.loss_scale,
+        )
         params, was_traced = self._values(), self.is_traced()
         if not was_traced:
             if any_traced(grads):
@@ -141,7 +188,7 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
         state, params = self._the_donor().ready(self._state, params, owners=(0, 1))
         with deferred_signals():
             try:
-                state, params = program.run(state, params, grads, values, [*bounds.values()])
+                state, params = program.run(state, params, inputs)
             except TypeError:  # what JAX says of a gradient that is no array
                 check_grads(grads, params, lambda: self._names)
                 raise
@@ -149,9 +196,27 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
                 raise RuntimeError(OUTSIDE.format(name="the optimizer"))
             self._state = state
             self._set_values(params)
+            if scaler is not None:
+                norm = self._state[self._catalogue().guard["norm"].leaf]
+                scaler.update(finite=norm < jnp.inf)
         if absent:
             missed = {self._names[i] for i in absent}
             self._same = clocks.parted(self._same or (), self._members(), missed)
+
+    def _guard_with(
+        self, scaler: GradScaler, bounds: dict[str, Any]
+    ) -> tuple[Guard, dict[str, Any]]:
+        """The watch over a step with a scaler, and the bounds in force."""
+        if self.is_traced() and not is_traced(scaler.state.loss_scale):
+            raise RuntimeError(OUTSIDE.format(name="a scaler"))
+        if SCALED not in self._live:
+            self._live.add(SCALED)
+            self._fit_guard()
+        if scaler.max_gradient_norm is not None:
+            if "max_gradient_norm" in bounds:
+                raise ValueError("max_gradient_norm is set on the optimizer and on the scaler")
+            bounds = {"max_gradient_norm": as_argument(scaler.max_gradient_norm), **bounds}
+        return dataclasses.replace(self._fitted, clips=tuple(bounds), skip_nonfinite=True), bounds
 
     def _arguments(self) -> tuple[list[list[Any]], tuple]:
         """Per group, the numbers of a step and what is static; edited values are checked."""
@@ -166,21 +231,19 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
         is_static = key in self.defaults and key not in self._live_keys
         return not is_static and super()._is_live(key, value, live)
 
-    def _program(self, statics: tuple, absent: tuple[int, ...], clips: tuple[str, ...]) -> Program:
+    def _program(self, statics: tuple, absent: tuple[int, ...], guard: Guard) -> Program:
         """The compiled step; the same object as long as nothing static changes."""
         if self._same is None:
             self._same = clocks.known(self._members(), self._catalogue().of, self._state)
-        key = (statics, absent, clips, self._same, self.around)
+        key = (statics, absent, guard, self._same, self.around)
         cache = vars(self).setdefault("_cache", {})
         found = cache.get("program")
         if found is None or found[0] != key or found[1].plan.state is not self._structure:
-            plan = self._plan(statics, absent, clips, self._structure)
+            plan = self._plan(statics, absent, guard, self._structure)
             found = cache["program"] = key, program_of(plan, self)
         return found[1]
 
-    def _plan(
-        self, statics: tuple, absent: tuple[int, ...], clips: tuple[str, ...], state: Any
-    ) -> Plan:
+    def _plan(self, statics: tuple, absent: tuple[int, ...], guard: Guard, state: Any) -> Plan:
         path_of = self._paths()
         return Plan(
             maker=self.maker,
@@ -191,7 +254,7 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
             params=self._treedef(),
             state=state,
             absent=absent,
-            clips=clips,
+            guard=guard,
             around=self.around,
             state_dtype=self.state_dtype,
         )

@@ -3,14 +3,19 @@
 Both show the same face: dotted names, the structure of a tree, and gradients in one fixed order.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from cerebras_jax.engine.trees import align, as_array, check_distinct, check_params, leaf_paths
 from cerebras_jax.stateful import OUTSIDE
+from cerebras_jax.transforms.accumulate import Accumulation
+from cerebras_jax.transforms.loss_scale import scale_loss
 from cerebras_jax.types import Array
 
 
@@ -33,12 +38,6 @@ class TreeSource:
     def align(self, grads: Any) -> list[Any]:
         """Gradients in the order of `names`; None where there is none."""
         return align(self.treedef, grads, "the gradients", lambda: self.names)
-
-    def value_and_grad(
-        self, closure: Callable[[Any], Any], values: Sequence[Array], has_aux: bool
-    ) -> tuple[Any, Any]:
-        """The closure's value and its gradients."""
-        return jax.value_and_grad(closure, has_aux=has_aux)(self.tree(values))
 
 
 class ModuleSource:
@@ -102,18 +101,6 @@ class ModuleSource:
         values = [flat[path] for path in self.paths]
         return [v.get_value() if isinstance(v, nnx.Variable) else v for v in values]
 
-    def value_and_grad(
-        self, closure: Callable[[Any], Any], values: Sequence[Array], has_aux: bool
-    ) -> tuple[Any, Any]:
-        """The closure's value and its gradients."""
-        wrt = nnx.DiffState(0, nnx.Param)
-        try:
-            return nnx.value_and_grad(closure, argnums=wrt, has_aux=has_aux)(self.module)
-        except ValueError as error:
-            if "different trace level" not in str(error):
-                raise
-            raise RuntimeError(OUTSIDE.format(name="the optimizer")) from error
-
 
 Source = TreeSource | ModuleSource
 
@@ -141,3 +128,55 @@ def make_source(tree: Any) -> tuple[Source, list[Array]]:
     check_distinct(source.names)
     check_params(leaves, lambda: source.names)
     return source, [as_array(x) for x in leaves]
+
+
+# --- the loss ------------------------------------------------------------------------------------
+
+
+def is_closure(x: Any) -> bool:
+    """A function, as opposed to a tree of gradients, which may be callable too."""
+    return isinstance(x, functools.partial | jax.tree_util.Partial) or (
+        callable(x) and jax.tree_util.all_leaves([x])
+    )
+
+
+def value_and_grad(
+    closure: Callable[[Any], Any], params: Any, has_aux: bool, loss_scale: Any = None
+) -> tuple[Any, Any]:
+    """The closure's value and its gradients, of the loss times ``loss_scale`` if that is given.
+
+    Raises:
+      TypeError: if the closure does not take the parameters.
+    """
+    if isinstance(closure, Accumulation):
+        return closure.value_and_grad(params, loss_scale)
+    _check_closure(closure)
+
+    def scaled(params: Any) -> Any:
+        value = closure(params)
+        loss = jnp.asarray(value[0] if has_aux else value)
+        return scale_loss(loss, loss_scale), value
+
+    objective, with_aux = (closure, has_aux) if loss_scale is None else (scaled, True)
+    if not isinstance(params, nnx.Module):
+        value, grads = jax.value_and_grad(objective, has_aux=with_aux)(params)
+    else:
+        wrt = nnx.DiffState(0, nnx.Param)
+        try:
+            value, grads = nnx.value_and_grad(objective, argnums=wrt, has_aux=with_aux)(params)
+        except ValueError as error:
+            if "different trace level" not in str(error):
+                raise
+            raise RuntimeError(OUTSIDE.format(name="the optimizer")) from error
+    return (value if loss_scale is None else value[1]), grads
+
+
+def _check_closure(closure: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(closure).bind(None)
+    except ValueError:  # no signature to be had
+        return
+    except TypeError:
+        raise TypeError(
+            "the closure of step is a function of the parameters, e.g. lambda params: loss(params)"
+        ) from None
