@@ -27,7 +27,7 @@ FLOORS = [
     {"transforms.accumulate", "transforms.every", "transforms.finite"},
     {"formats", "formats.state_dict"},
     {"formats.pytorch"},
-    {"optim.makers", "optim.numbers", "optim.sources"},
+    {"optim.makers", "optim.numbers", "optim.sources", "optim.guarding"},
     {"optim.entries", "optim.param_groups", "optim.program"},
     {"optim.owner", "optim.clocks", "optim.signatures"},
     {"optim.display"},

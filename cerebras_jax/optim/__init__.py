@@ -1,5 +1,6 @@
 """Optimizers: pure functions in lower case, PyTorch-style classes in CamelCase."""
 
+from cerebras_jax.engine.lift import full_precision
 from cerebras_jax.optim import lr_scheduler, weight_decay_scheduler
 from cerebras_jax.optim.algorithms.adadelta import Adadelta, adadelta
 from cerebras_jax.optim.algorithms.adafactor import Adafactor, adafactor
@@ -30,8 +31,13 @@ from cerebras_jax.optim.configure import (
     configure_optimizer,
     configure_param_groups,
 )
+from cerebras_jax.optim.guarding import StepReport
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import param_groups
 from cerebras_jax.transforms.averages import Average, average
 from cerebras_jax.transforms.clipping import clip
+from cerebras_jax.transforms.every import every
+from cerebras_jax.transforms.finite import GuardState, guard, skip_nonfinite, skip_spikes
 from cerebras_jax.transforms.grouped import grouped
+from cerebras_jax.transforms.loss_scale import GradScaler, LossScaling
+from cerebras_jax.transforms.spikes import SkipSpikes

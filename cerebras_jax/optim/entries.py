@@ -17,6 +17,8 @@ from cerebras_jax.optim.guarding import guard_only
 from cerebras_jax.transforms.grouped import GroupedState
 from cerebras_jax.types import Array
 
+LOW_BITS = "low_bits"  # the state of that name; see `rounding`
+
 
 class Place(NamedTuple):
     """Where a value lies: a leaf of the state, or one entry of a leaf that is a vector."""
@@ -102,6 +104,10 @@ def _add_rule(
             for name, leaf in zip(members, treedef.flatten_up_to(tree), strict=True):
                 if leaf is not None:
                     of[name][key] = Place(index[id(leaf)])
+    if state.low_bits is not None:
+        for name, leaf in zip(members, treedef.flatten_up_to(state.low_bits), strict=True):
+            if leaf is not None:
+                of[name][LOW_BITS] = Place(index[id(leaf)])
     for row, name in enumerate(members):
         for key, vector in [*fields(state.clock), ("step", state.count)]:
             of[name][key] = Place(index[id(vector)], row)

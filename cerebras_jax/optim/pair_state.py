@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cerebras_jax.checks import is_number
+from cerebras_jax.engine import rounding
 from cerebras_jax.engine.hyper import normalize, saturating_increment
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_known, load_shared
@@ -71,6 +72,27 @@ class PairOptimizer(Optimizer):
         """Per group, the parameters in the order of the leaves, which is that of clocks."""
         order = {name: i for i, name in enumerate(self._names)}
         return tuple(tuple(sorted(group, key=order.__getitem__)) for group in self._groups)
+
+    def set_parameter(self, name: str, value: Array) -> None:
+        """See `Optimizer.set_parameter`; with ``rounding="exact"`` no bit of a float32 is lost."""
+        with self.lock:
+            place = self._catalogue().of.get(name, {}).get(entries.LOW_BITS)
+            if place is None:
+                return super().set_parameter(name, value)
+            value, low = rounding.split(jnp.asarray(value, jnp.float32))
+            super().set_parameter(name, value)
+            self._state[place.leaf] = low
+
+    def full_precision(self) -> Any:
+        """The parameters as float32 where ``rounding="exact"`` keeps what bfloat16 cannot."""
+        with self.lock:
+            leaves, host = [], {}
+            for name, p in self.named_parameters():
+                places = self._catalogue().of[name]
+                mine = {k: v for k, v in places.items() if k == entries.LOW_BITS}
+                low = entries.read(self._state, mine, host).get(entries.LOW_BITS)
+                leaves.append(p if low is None else rounding.join(p, low))
+            return self._treedef().unflatten(leaves)
 
     # --- state -------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import optax
 
 from cerebras_jax.engine.trees import as_array, check_grads, leaf_paths
 from cerebras_jax.optim.guarding import Guard
-from cerebras_jax.optim.makers import Maker
+from cerebras_jax.optim.makers import How, Maker
 from cerebras_jax.optim.numbers import join
 from cerebras_jax.programs import Programs
 from cerebras_jax.transforms.grouped import grouped
@@ -37,7 +37,7 @@ class Plan:
       absent: positions of the parameters that have no gradient.
       guard: what watches over the step.
       around: the wrappers, outermost first.
-      state_dtype: see `per_parameter`.
+      how: how arrays are kept.
     """
 
     maker: Maker
@@ -50,14 +50,12 @@ class Plan:
     absent: tuple[int, ...]
     guard: Guard
     around: tuple[Wrapper, ...]
-    state_dtype: Any
+    how: How
 
     @functools.cached_property
     def _hash(self) -> int:
-        dtype = self.state_dtype
-        dtype = tuple(sorted(dtype.items())) if isinstance(dtype, dict) else dtype
         rest = (self.statics, self.groups, self.same, self.absent, self.guard, self.around)
-        return hash((self.maker, *rest, self.params, str(dtype)))
+        return hash((self.maker, *rest, self.params, self.how))
 
     def __hash__(self) -> int:
         return self._hash
@@ -75,13 +73,11 @@ def transformation(
       applied: whether its update returns new parameters; only where there are no wrappers.
     """
     pairs = [
-        plan.maker.pair(join(values, static), plan.state_dtype, same)
+        plan.maker.pair(join(values, static), plan.how, same, applied)
         for values, static, same in zip(numbers, plan.statics, plan.same, strict=True)
     ]
     tx: Any = grouped(pairs, plan.groups)
-    if applied:
-        tx = _applied(tx)
-    elif plan.absent:
+    if plan.absent and not applied:
         tx = _without_gradients(tx, {plan.names[i] for i in plan.absent})
     tx = plan.guard.around(tx, dict(zip(plan.guard.clips, bounds, strict=True)), applied)
     for wrap in reversed(plan.around):
@@ -89,24 +85,6 @@ def transformation(
         if isinstance(tx, optax.MultiSteps):
             tx = tx.gradient_transformation()
     return optax.with_extra_args_support(tx)
-
-
-def _applied(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Returns new parameters in place of updates; those without a gradient stay."""
-
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        treedef = jax.tree.structure(params)
-        leaves = zip(
-            treedef.flatten_up_to(grads),
-            jax.tree.leaves(params),
-            treedef.flatten_up_to(updates),
-            strict=True,
-        )
-        new = [p if g is None else (p + u).astype(p.dtype) for g, p, u in leaves]
-        return treedef.unflatten(new), state
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)  # pyright: ignore
 
 
 def _without_gradients(tx: Any, absent: set[str]) -> optax.GradientTransformationExtraArgs:

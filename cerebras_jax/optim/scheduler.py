@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, ParamSpec
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cerebras_jax.checks import check, is_number, is_traced
@@ -121,7 +122,20 @@ class Scheduler(Stateful, ABC):
             self._check_unclaimed()
             self._claim()
             self.optimizer.note_schedule()
-            self._advance()
+            took = self.optimizer.took_step
+            if is_traced(took):
+                epoch, values = self.last_epoch, [group[self.key] for group in self.groups()]
+                self._advance()
+                self._hold(~took, epoch, values)
+            elif took:
+                self._advance()
+
+    def _hold(self, held: Any, epoch: Any, values: Sequence[Any]) -> None:
+        """Takes back an advance, where ``held``."""
+        self.last_epoch = jnp.where(held, epoch, self.last_epoch)
+        for group, old in zip(self.groups(), values, strict=True):
+            group[self.key] = jnp.where(held, old, group[self.key])
+        self.update_last_lr()
 
     def _advance(self) -> None:
         self.increment_last_epoch()
@@ -129,10 +143,8 @@ class Scheduler(Stateful, ABC):
         self.update_last_lr()
 
     def increment_last_epoch(self) -> None:
-        """Adds 1 to ``last_epoch``, 0 after a step not taken; a device value stays unread."""
-        took: Any = self.optimizer.took_step if self._last_lr else True  # empty: the first value
-        took = took.astype(np.int32) if is_traced(took) else int(took)
-        self.last_epoch = self.last_epoch + took
+        """Adds 1 to ``last_epoch``; a device value stays on the device, unread."""
+        self.last_epoch = self.last_epoch + 1
 
     def update_groups(self, values: Sequence[Any]) -> None:
         """Writes one value into each group."""

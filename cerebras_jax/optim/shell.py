@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from cerebras_jax.checks import any_traced, is_traced
 from cerebras_jax.donation import Donate
 from cerebras_jax.engine.hyper import bind, needs_other_buffers, normalize
-from cerebras_jax.engine.leaf import StateDtype
+from cerebras_jax.engine.leaf import Rounding, StateDtype
 from cerebras_jax.engine.lift import check_buffers
 from cerebras_jax.engine.trees import check_grads
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import check_keys
 from cerebras_jax.optim import clocks
 from cerebras_jax.optim.guarding import Guard
-from cerebras_jax.optim.makers import RuleMaker
+from cerebras_jax.optim.makers import How, RuleMaker
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.pair_state import SCALED, PairOptimizer
 from cerebras_jax.optim.program import Inputs, Plan, Program, Wrapper, program_of, transformation
@@ -41,6 +41,8 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
       *args, **kwargs: the hyper-parameters of the pure function.
       enable_global_step: count the steps of every parameter in its state ``step``.
       state_dtype: a dtype for all states, or a dict from state names to dtypes.
+      rounding: how new bfloat16 parameters are rounded: "nearest", "stochastic", or "exact", which
+        trains them as float32 ones; see `rule.per_parameter`.
       around: functions from optax pair to optax pair, outermost first, that wrap the update of all
         groups, such as ``lambda tx: optax.MultiSteps(tx, 4)``. They see the parameters as they
         were given, and zeros where a gradient is None; such a parameter stays as it is in that
@@ -65,6 +67,7 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
         *args: Any,
         enable_global_step: bool | None = ...,
         state_dtype: StateDtype = ...,
+        rounding: Rounding = ...,
         around: Sequence[Wrapper] = ...,
         donate: Donate = ...,
         **kwargs: Any,
@@ -75,6 +78,7 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
         *args: Any,
         enable_global_step: bool | None = None,
         state_dtype: StateDtype = None,
+        rounding: Rounding = "nearest",
         around: Sequence[Wrapper] = (),
         donate: Donate = "auto",
         **kwargs: Any,
@@ -85,6 +89,7 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
             raise TypeError(f"around must be a list of functions from pair to pair, got {around!r}")
         self.around = tuple(around)
         self.state_dtype = state_dtype
+        self.rounding: Rounding = rounding
         self._live_keys = self.maker.live(arguments)
         self.skip_nonfinite, self.skip_spikes, self.measure_gradients = False, None, False
         self._structure, self._same, self._groups = None, None, ()
@@ -256,7 +261,7 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
             absent=absent,
             guard=guard,
             around=self.around,
-            state_dtype=self.state_dtype,
+            how=How(self.state_dtype, self.rounding),
         )
 
     # --- hyper-parameters --------------------------------------------------------------------

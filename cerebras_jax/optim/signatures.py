@@ -9,6 +9,7 @@ from cerebras_jax.optim.makers import ForeignMaker, Maker
 _KEYWORDS = {
     "enable_global_step": False,
     "state_dtype": None,
+    "rounding": "nearest",
     "around": (),
     "donate": "auto",
 }
@@ -19,7 +20,8 @@ def signature_of(maker: Maker, counts_steps: bool) -> inspect.Signature:
     kinds = inspect.Parameter
     defaults = {**_KEYWORDS, "enable_global_step": counts_steps}
     if isinstance(maker, ForeignMaker):
-        del defaults["enable_global_step"], defaults["state_dtype"]
+        for name in ("enable_global_step", "state_dtype", "rounding"):
+            del defaults[name]
     factory = [p for p in maker.signature().parameters.values() if p.kind is not kinds.VAR_KEYWORD]
     own = [
         kinds("params", kinds.POSITIONAL_OR_KEYWORD),
