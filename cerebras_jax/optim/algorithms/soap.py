@@ -148,7 +148,8 @@ def soap(
         v, *bases = jax.lax.switch(branch, branches, left, right, kept)
         return -step, SoapState(m, v, left, right, *bases)
 
-    return Rule(init, update, tick=tick, supports_complex=False, wide=("exp_avg_sq",))
+    wide = ("exp_avg_sq", "left", "right", "left_basis", "right_basis")
+    return Rule(init, update, tick=tick, supports_complex=False, wide=wide)
 
 
 def _turn(x: Array, left: Array | None, right: Array | None) -> Array:
