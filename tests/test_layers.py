@@ -42,6 +42,7 @@ FLOORS = [
     {"optim.layer_types", "optim.schedule_config"},
     {"optim.configure"},
     {"optim"},
+    {"step_config"},
     {"sections"},
     {"trace"},
     {"recipe"},

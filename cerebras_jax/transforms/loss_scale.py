@@ -224,6 +224,12 @@ class GradScaler(Stateful):
         self.max_gradient_norm = max_gradient_norm
         self.state = self.scaling.init()
 
+    @classmethod
+    def of(cls, scaling: LossScaling) -> "GradScaler":
+        """A scaler with these constants, at its first scale."""
+        fields = (getattr(scaling, field.name) for field in dataclasses.fields(scaling))
+        return cls(*fields)
+
     def scale(self, loss: Any) -> Array:
         """The loss to differentiate."""
         return self.scaling.scale(self.state, loss)
