@@ -1,6 +1,6 @@
 """Optimizers and learning-rate schedules for JAX: the numbers of PyTorch and Cerebras."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from cerebras_jax import optim, schedules
 from cerebras_jax.engine.xla_cpu import enable_multi_output_fusion
@@ -12,4 +12,4 @@ from cerebras_jax.transforms.accumulate import (
     accumulated_value_and_grad,
 )
 
-__version__ = version("cerebras_jax")
+__version__ = _version("cerebras_jax")
