@@ -1,0 +1,161 @@
+"""The same optimizer state in torch's words and in Cerebras'.
+
+Both have the layout of torch, and most states under the same names. They differ in how Adam and
+Adamax count (torch: ``step``; Cerebras: running powers of the betas), in the names of Adafactor,
+and in how a group says whether decay is decoupled. Our optimizers take either.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cerebras_jax.formats.run import Run
+
+_POWERS = ("beta1_power", "beta2_power")
+_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
+_FLAGS = ("amsgrad", "centered", "correct_bias", "maximize", "nesterov", "scale_parameter",
+          "relative_step", "warmup_init", *_EXECUTION)  # fmt: skip
+
+# Adafactor: our name, torch's name, the axis of length 1 that torch keeps.
+_FACTORED = (
+    ("exp_avg_sq_row", "row_var", -1),
+    ("exp_avg_sq_col", "col_var", -2),
+    ("exp_avg_sq", "variance", None),
+)
+_FACTORED_VALUES = {"decay_rate": "beta2_decay", "clip_threshold": "d"}
+
+
+def to_torch(run: Run) -> Run:
+    """States and groups as torch.optim's optimizer of the same name keeps them.
+
+    Raises:
+      ValueError: if the optimizer does something that torch's does not, or its steps cannot be
+        told any more.
+    """
+    return _translated(run, _torch_entry, _torch_group)
+
+
+def to_cerebras(run: Run) -> Run:
+    """States and groups as Cerebras' optimizer of the same name keeps them.
+
+    Raises:
+      ValueError: if a group maximizes, which Cerebras' groups do not say.
+    """
+    return _translated(run, _cerebras_entry, _cerebras_group)
+
+
+def _translated(run: Run, entry: Any, group: Any) -> Run:
+    states = dict(run.states)
+    for values in run.groups:
+        for name in values["params"]:
+            if name in states:
+                states[name] = entry(name, states[name], values, run.step)
+    groups = [{**group(values), "params": list(values["params"])} for values in run.groups]
+    return dataclasses.replace(run, states=states, groups=groups)
+
+
+# --- torch ---------------------------------------------------------------------------------------
+
+
+def _torch_entry(
+    name: str, entry: Mapping[str, Any], group: Mapping[str, Any], step: int | None
+) -> dict[str, Any]:
+    entry = dict(entry)
+    powers = {k: float(entry.pop(k)) for k in _POWERS if k in entry}
+    if powers and "step" not in entry:
+        entry["step"] = np.array(_step(name, powers, group, step), np.float32)
+    if "exp_avg_sq_row" in entry or ("decay_rate" in group and "exp_avg_sq" in entry):
+        for ours, theirs, axis in _FACTORED:
+            value = entry.pop(ours, None)
+            if value is not None:
+                entry[theirs] = value if axis is None else np.expand_dims(value, axis)
+    counts = set(entry) - {"momentum_buffer", "step"}  # in torch every optimizer does but SGD
+    if counts and "step" not in entry and step is not None:
+        entry["step"] = np.array(step, np.float32)
+    return entry
+
+
+def _step(
+    name: str, powers: Mapping[str, float], group: Mapping[str, Any], step: int | None
+) -> int:
+    """The t of powers that hold beta^(t + 1) as running products in float32.
+
+    A running product is off by up to 2^-24 in each step, so a file's step count is taken where it
+    agrees within that.
+    """
+    for key, beta in zip(_POWERS, map(float, group["betas"]), strict=True):
+        power = powers.get(key, 0.0)
+        if 1e-37 < power < 1 and 0 < beta < 1:  # below, float32 has lost digits
+            exact = math.log(power) / math.log(beta) - 1
+            error = 1e-3 - (exact + 1) * 2**-24 / math.log(beta)
+            return step if step is not None and abs(exact - step) <= error else round(exact)
+    if step is None:
+        raise ValueError(f"{name!r}: its powers {powers} do not tell the step, nor does the file")
+    return step
+
+
+def _torch_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    values = {k: _number(k, v) for k, v in group.items() if k != "params"}
+    if not values.pop("correct_bias", True):
+        raise ValueError("correct_bias is False; torch has no Adam without bias correction")
+    penalty = values.pop("l2_regularization_rate", None)
+    if penalty is not None:
+        if penalty and values.get("weight_decay"):
+            raise ValueError(
+                f"l2_regularization_rate is {penalty} and weight_decay {values['weight_decay']}; "
+                "torch has one or the other"
+            )
+        if penalty:
+            values["weight_decay"] = penalty
+        values["decoupled_weight_decay"] = not penalty
+    return {_FACTORED_VALUES.get(k, k): v for k, v in values.items()}
+
+
+# --- Cerebras ------------------------------------------------------------------------------------
+
+
+def _cerebras_entry(
+    name: str, entry: Mapping[str, Any], group: Mapping[str, Any], step: int | None
+) -> dict[str, Any]:
+    entry = dict(entry)
+    is_adam = "exp_avg_sq" in entry and "amsgrad" in group
+    if (is_adam or "exp_inf" in entry) and "beta1_power" not in entry and "step" in entry:
+        t = float(entry.pop("step"))
+        for key, beta in zip(_POWERS[: 2 if is_adam else 1], group["betas"], strict=False):
+            entry[key] = np.array(float(beta) ** (t + 1), np.float32)
+    for ours, theirs, axis in _FACTORED:
+        value = entry.pop(theirs, None)
+        if value is not None:
+            entry[ours] = value if axis is None else np.squeeze(value, axis)
+    return entry
+
+
+def _cerebras_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    values = {k: v for k, v in group.items() if k != "params" and k not in _EXECUTION}
+    if (
+        "decoupled_weight_decay" in values
+    ):  # without it, their Adam and AdamW each say for themselves
+        if values.pop("decoupled_weight_decay"):
+            values["l2_regularization_rate"] = 0.0
+        else:
+            values["l2_regularization_rate"] = values.get("weight_decay", 0.0)
+            values["weight_decay"] = 0.0
+        values["correct_bias"] = True
+        if values.pop("maximize", False):
+            raise ValueError("maximize is True; Cerebras' Adam does not maximize")
+    back = {theirs: ours for ours, theirs in _FACTORED_VALUES.items()}
+    if isinstance(values.get("lr"), float):
+        values["lr"] = np.array(values["lr"], np.float32)  # theirs is a tensor
+    return {(back.get(k, k) if "beta2_decay" in group else k): v for k, v in values.items()}
+
+
+def _number(key: str, value: Any) -> Any:
+    """A Python number of a scalar array; a flag may be stored as an integer."""
+    if isinstance(value, list | tuple):
+        return tuple(_number(key, v) for v in value)
+    if hasattr(value, "shape") and np.shape(value) == ():
+        value = np.asarray(value).item()
+    return bool(value) if key in _FLAGS and isinstance(value, int) else value
