@@ -48,9 +48,10 @@ class Record:
     __slots__ = ("args", "items", "name", "state", "values")
 
     def __init__(self, name: str, args: tuple = ()):
-        self.name, self.args, self.state = name, args, None
-        self.items: dict = {}
-        self.values: list = []
+        self.name, self.args = name, args
+        self.state: Any = None
+        self.items: Any = {}
+        self.values: Any = []
 
     def __repr__(self) -> str:
         return f"<{self.name}, not called>"

@@ -103,7 +103,7 @@ def _candidates(params: Mapping[str, Any], expected: int) -> dict[str, Any]:
         for name, array in [(n, np.ascontiguousarray(p)) for n, p in kept.items()]:
             if array.ndim < 2 or not (array != array.flat[0]).any():
                 continue  # many different parameters begin as the same constant
-            content = hashlib.sha256(array.view(np.uint8)).digest()
+            content = hashlib.sha256(array.view(np.uint8).data).digest()
             key = (array.shape, array.dtype, content)
             if key in seen:
                 del kept[name]

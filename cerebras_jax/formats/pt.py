@@ -126,6 +126,7 @@ def checkpoint(run: Run) -> dict[str, Any]:
         "optimizer": optimizer,
         **({"lr_scheduler": schedulers} if schedulers else {}),
         **({} if run.step is None else {"global_step": run.step}),
+        **run.extra,
     }
 
 

@@ -84,8 +84,8 @@ class Run:
                 )
         state = {int(k): dict(v) for k, v in optimizer["state"].items()}
         groups = list(optimizer["param_groups"])
-        names = name_parameters(groups, state, params, names, ordered)
-        for group, members in zip(groups, names, strict=True):
+        found = name_parameters(groups, state, params, names, ordered)
+        for group, members in zip(groups, found, strict=True):
             values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             run.groups.append({**values, "params": members})
             for name, i in zip(members, map(int, group["params"]), strict=True):
@@ -94,7 +94,14 @@ class Run:
         if state:
             raise ValueError(f"the optimizer has state for parameters {[*state][:5]} of no group")
         run.step = _common_step(run) if step is None else step
-        return run
+        return run if names is None else run._ordered_by(names)
+
+    def _ordered_by(self, names: Names) -> "Run":
+        """The parameters in the order of names that were given for reading."""
+        flat = [n for part in names for n in ([part] if isinstance(part, str) else part)]
+        _check_same("names", flat, self.trained, extra=self.params)
+        order = dict.fromkeys([*(n for n in flat if n in self.params), *self.params])
+        return dataclasses.replace(self, params={n: self.params[n] for n in order}, ordered=True)
 
     @property
     def trained(self) -> list[str]:
@@ -150,20 +157,16 @@ class Run:
                     "the order of a dict: names= must list them in the model's order"
                 )
             return self
-        groups = [dict(group) for group in self.groups]
-        if any(isinstance(n, str) for n in names):
-            flat = [str(n) for n in names]
-            _check_same("names", flat, self.trained or list(self.params), extra=self.params)
-            place = {name: i for i, name in enumerate(flat)}
-            for group in groups:
-                group["params"] = sorted(group["params"], key=place.__getitem__)
+        run = self._ordered_by(names)
+        if all(isinstance(n, str) for n in names):
+            place = {name: i for i, name in enumerate(names)}
+            groups = [
+                {**group, "params": sorted(group["params"], key=place.__getitem__)}
+                for group in self.groups
+            ]
         else:
-            flat = [n for members in names for n in members]
-            _check_same("names", flat, self.trained)
             groups = [self._group_of(list(members)) for members in names]
-        order = dict.fromkeys([*(n for n in flat if n in self.params), *self.params])
-        params = {n: self.params[n] for n in order}
-        return dataclasses.replace(self, params=params, groups=groups, ordered=True)
+        return dataclasses.replace(run, groups=groups)
 
     def _group_of(self, members: list[str]) -> dict[str, Any]:
         old = {n: g for g in self.groups for n in g["params"]}
@@ -172,7 +175,8 @@ class Run:
         values = {k: v for k, v in old[members[0]].items() if k != "params"}
         for name in members:
             for key in {*values, *old[name]} - {"params"}:
-                mine, first = old[name].get(key), values.get(key)
+                mine: Any = old[name].get(key)
+                first: Any = values.get(key)
                 if not np.array_equal(mine, first):
                     raise ValueError(
                         f"{members[0]!r} and {name!r} cannot be in one group: {key} is {first!r} "

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cerebras_jax.recipe import Recipe, load_recipe, read_config
 from cerebras_jax.train import report
+from cerebras_jax.train.convert_cli import convert_command
 from cerebras_jax.train.run import TrainSettings, train
 
 
@@ -19,6 +20,9 @@ from cerebras_jax.train.run import TrainSettings, train
 @click.version_option(package_name="cerebras_jax")
 def main() -> None:
     """Optimizers and learning-rate schedules for JAX."""
+
+
+main.add_command(convert_command)
 
 
 @main.command("schedule")
