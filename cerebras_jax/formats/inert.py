@@ -361,7 +361,7 @@ class _Interpreter:
         return tuple(values) if isinstance(x, tuple) else values
 
     def leave(self, path: str) -> _Left:
-        self.left.append(path)
+        self.left = [p for p in self.left if not p.startswith(f"{path}.")] + [path]
         return LEFT
 
 
@@ -377,6 +377,11 @@ def _as_list(record: Record) -> list:
 
 def _as_set(record: Record) -> set:
     return set(map(_key, _as_list(record)))
+
+
+def _as_plain_bytes(record: Record) -> bytes:
+    (data,) = record.args or (b"",)
+    return bytes(_a(bytes, data))
 
 
 def _as_dtype(record: Record) -> Any:
@@ -434,6 +439,8 @@ PLAIN: Meanings = {
             ("tuple", lambda record: tuple(_as_list(record))),
             ("set", _as_set),
             ("frozenset", _as_set),
+            ("bytes", _as_plain_bytes),
+            ("bytearray", _as_plain_bytes),
         )
     },
     **{
