@@ -94,9 +94,10 @@ def _params(tree: Any, path: str) -> dict[str, Any]:
 
 
 def write(path: str | Path, run: Run, names: Names | None = None) -> None:
-    """A torch file of a run: its weights, its optimizer's state dict, or both with the step.
+    """A torch file of a run: its weights, its optimizer's state dict, or all of it.
 
-    With both, the file holds a dict of ``model``, ``optimizer``, ``lr_scheduler``, ``global_step``.
+    With both, the file holds a dict of ``model``, ``optimizer``, ``lr_scheduler``, ``global_step``
+    and what is in ``run.extra``.
 
     Args:
       path: the file to write; it appears when it is whole.
@@ -115,12 +116,12 @@ def checkpoint(run: Run) -> dict[str, Any]:
     """What `write` saves, with arrays."""
     run = dialects.to_torch(run)
     run.check()
+    schedulers = run.schedulers[0] if len(run.schedulers) == 1 else run.schedulers
     if not run.groups:
-        return dict(run.params)
+        return dict(run.params or schedulers)
     optimizer = run.state_dict()
     if not run.params:
         return optimizer
-    schedulers = run.schedulers[0] if len(run.schedulers) == 1 else run.schedulers
     return {
         "model": run.params,
         "optimizer": optimizer,
