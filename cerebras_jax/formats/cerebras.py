@@ -45,9 +45,13 @@ def read(path: str | Path, names: Names | None = None) -> Run:
     schedulers = tree.get("schedulers", tree.get("lr_scheduler")) or []
     step = tree.get("global_step")
     known = ("model", "optimizer", "schedulers", "lr_scheduler", "global_step")
+    optimizer = tree.get("optimizer")
+    if optimizer is not None:
+        groups = [dialects.with_flags(group) for group in optimizer["param_groups"]]
+        optimizer = {**optimizer, "param_groups": groups}
     return Run.of(
         tree.get("model"),
-        tree.get("optimizer"),
+        optimizer,
         schedulers if isinstance(schedulers, list) else [schedulers],
         None if step is None else int(step),
         names=names,

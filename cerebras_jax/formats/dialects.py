@@ -152,6 +152,11 @@ def _cerebras_group(group: Mapping[str, Any]) -> dict[str, Any]:
     return {(back.get(k, k) if "beta2_decay" in group else k): v for k, v in values.items()}
 
 
+def with_flags(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group with True and False where the original's hardware has made them integers."""
+    return {k: _number(k, v) if k in _FLAGS else v for k, v in group.items()}
+
+
 def _number(key: str, value: Any) -> Any:
     """A Python number of a scalar array; a flag may be stored as an integer."""
     if isinstance(value, list | tuple):
