@@ -7,7 +7,6 @@ run, and no other file is opened: pickled objects are left out, links to elsewhe
 
 import io
 import json
-import math
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from urllib.parse import quote
 import ml_dtypes
 import numpy as np
 
-from cerebras_jax.formats import dialects, inert
+from cerebras_jax.formats import dialects, hdf5, inert
 from cerebras_jax.formats.files import written_whole
 from cerebras_jax.formats.matching import Names
 from cerebras_jax.formats.run import Run
@@ -97,7 +96,7 @@ def load(path: str | Path) -> tuple[Any, list[str]]:
     Raises:
       ValueError: see `read`.
     """
-    h5py = _import_h5py()
+    h5py = hdf5.import_h5py()
     try:
         with h5py.File(path, "r") as file:
             version = str(file.attrs.get("__version__"))
@@ -126,7 +125,7 @@ def save(path: str | Path, tree: Any, version: str = "0.5") -> None:
       TypeError: if a leaf is neither an array, a number, a string nor None.
       ValueError: if two leaves have the same path.
     """
-    h5py = _import_h5py()
+    h5py = hdf5.import_h5py()
     if version not in VERSIONS:
         raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
     leaves: list[Any] = []
@@ -138,16 +137,7 @@ def save(path: str | Path, tree: Any, version: str = "0.5") -> None:
     # Thousands of attributes are slow in the oldest form of HDF5, which is the default.
     with written_whole(path) as temporary, h5py.File(temporary, "w", libver=("v110",) * 2) as file:
         write = _write_04 if version == "0.4" else _write_05
-        write(file, spec, dict(zip(keys, leaves, strict=True)))
-
-
-def _import_h5py() -> Any:
-    try:
-        import h5py  # pyright: ignore[reportMissingImports]
-        import hdf5plugin  # noqa: F401  # pyright: ignore[reportMissingImports] - filter 32004
-    except ImportError as error:
-        raise ImportError(f"{error}; pip install 'cerebras_jax[convert]'") from None
-    return h5py
+        write(hdf5.Sink(h5py, file), spec, dict(zip(keys, leaves, strict=True)))
 
 
 # --- the tree ------------------------------------------------------------------------------------
@@ -229,42 +219,7 @@ def _without_objects(tree: Any, path: str, left: list[str]) -> Any:
     return tree
 
 
-# --- HDF5 ----------------------------------------------------------------------------------------
-
-_FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf", 32004: "lz4"}
-
-
-class _Form:
-    """A file of either format; reads datasets that lie in the file itself, and are whole."""
-
-    def __init__(self, h5py: Any, file: Any):
-        self.h5py, self.file = h5py, file
-
-    def dataset(self, name: str) -> Any:
-        place = self.file
-        for part in name.split("/"):
-            if not isinstance(place.get(part, getlink=True), self.h5py.HardLink):
-                raise ValueError(f"{name!r} is missing, or a link to elsewhere")
-            place = place[part]
-        if not isinstance(place, self.h5py.Dataset):
-            raise ValueError(f"{name!r} is not a dataset")
-        if place.external or place.is_virtual:
-            raise ValueError(f"{name!r} lies in another file")
-        return place
-
-    def array(self, name: str, dataset: Any) -> np.ndarray:
-        plist = dataset.id.get_create_plist()
-        filters = {plist.get_filter(i)[0] for i in range(plist.get_nfilters())}
-        if dataset.shape is None or dataset.dtype.kind not in "biufc" or filters - set(_FILTERS):
-            raise ValueError(f"{name!r} is no array of numbers that could be read")
-        if dataset.chunks is None:
-            is_whole = dataset.id.get_storage_size() >= dataset.nbytes
-        else:
-            chunks = (-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
-            is_whole = dataset.id.get_num_chunks() == math.prod(chunks)
-        if not is_whole:
-            raise ValueError(f"{name!r} was not written to its end")
-        return np.asarray(dataset[()])
+# --- arrays --------------------------------------------------------------------------------------
 
 
 def _as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -285,19 +240,19 @@ def _constant(shape: Any, value: Any, dtype: np.dtype) -> np.ndarray:
     return np.broadcast_to(np.array(value).astype(dtype), tuple(map(int, shape)))
 
 
-def _create(file: Any, name: str, array: np.ndarray) -> Any:
-    import hdf5plugin  # pyright: ignore[reportMissingImports]
-
-    if array.dtype.kind not in "biufc":
-        raise TypeError(f"{name}: HDF5 cannot hold arrays of {array.dtype}")
-    compression = hdf5plugin.LZ4() if array.size and array.ndim else {}
-    return file.create_dataset(name, data=array, **compression)
+def _as_array(key: str, leaf: Any) -> np.ndarray:
+    if not hasattr(leaf, "shape"):
+        raise TypeError(
+            f"{key}: a {type(leaf).__name__} cannot be written, only arrays, numbers, "
+            "strings and None"
+        )
+    return np.asarray(leaf)
 
 
 # --- format 0.4 ----------------------------------------------------------------------------------
 
 
-class _Old(_Form):
+class _Old(hdf5.Source):
     def spec(self) -> _Spec | None:
         root = inert.load(io.BytesIO(bytes.fromhex(self.file.attrs["__spec__"])))
         spec, unread = inert.interpret(root, _TREESPEC)
@@ -353,38 +308,24 @@ _TREESPEC: inert.Meanings = {
 }
 
 
-def _write_04(file: Any, spec: _Spec | None, leaves: Mapping[str, Any]) -> None:
-    file.attrs["__spec__"] = _pickled(spec).hex()
-    file.attrs["__version__"] = 0.4
+def _write_04(sink: hdf5.Sink, spec: _Spec | None, leaves: Mapping[str, Any]) -> None:
+    sink.attributes(sink.file.id, __spec__=_pickled(spec).hex(), __version__=0.4)
     for key, leaf in leaves.items():
         name = quote(key, safe="")
-        if isinstance(leaf, str | None):
-            attrs = _create_null(file, name)
-            attrs["__H5_TYPE__"] = "NoneH5Type" if leaf is None else "StringH5Type"
-            if leaf is not None:
-                attrs["string_value"] = leaf
+        if leaf is None:
+            sink.attributes(sink.dataset(name, None), __H5_TYPE__="NoneH5Type")
+        elif isinstance(leaf, str):
+            kind = "StringH5Type"
+            sink.attributes(sink.dataset(name, None), __H5_TYPE__=kind, string_value=leaf)
         elif isinstance(leaf, bool | int | float):
-            _create(file, name, np.asarray(leaf)).attrs["__H5_TYPE__"] = "ScalarH5Type"
+            sink.attributes(sink.dataset(name, np.asarray(leaf)), __H5_TYPE__="ScalarH5Type")
         else:
             array = _as_array(key, leaf)
-            attrs = _create(file, name, _storable(array)).attrs
-            attrs["__H5_TYPE__"] = "TorchTensorH5Type"
-            attrs["is_bfloat16"] = array.dtype == ml_dtypes.bfloat16
-
-
-def _create_null(file: Any, name: str) -> Any:
-    import h5py  # pyright: ignore[reportMissingImports]
-
-    return file.create_dataset(name, data=h5py.Empty("f")).attrs
-
-
-def _as_array(key: str, leaf: Any) -> np.ndarray:
-    if not hasattr(leaf, "shape"):
-        raise TypeError(
-            f"{key}: a {type(leaf).__name__} cannot be written, only arrays, numbers, "
-            "strings and None"
-        )
-    return np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+            sink.attributes(
+                sink.dataset(name, _storable(array)),
+                __H5_TYPE__="TorchTensorH5Type",
+                is_bfloat16=array.dtype == ml_dtypes.bfloat16,
+            )
 
 
 def _pickled(spec: _Spec | None) -> bytes:
@@ -440,7 +381,7 @@ _RTFX_DTYPES = {
 }  # fmt: skip
 
 
-class _New(_Form):
+class _New(hdf5.Source):
     def spec(self) -> _Spec | None:
         if not self.file.attrs.get("__SUCCESS__"):
             raise ValueError("its writer did not finish")
@@ -497,9 +438,9 @@ def _torch_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def _write_05(file: Any, spec: _Spec | None, leaves: Mapping[str, Any]) -> None:
-    file.attrs["__spec__"] = json.dumps([None, _treespec_text(spec)])
-    file.attrs["__version__"] = 0.5
+def _write_05(sink: hdf5.Sink, spec: _Spec | None, leaves: Mapping[str, Any]) -> None:
+    text = json.dumps([None, _treespec_text(spec)])
+    sink.attributes(sink.file.id, __spec__=text, __version__=0.5)
     for key, leaf in leaves.items():
         metadata: dict[str, Any] = {"__NONE__": True}
         if leaf is None:
@@ -518,15 +459,15 @@ def _write_05(file: Any, spec: _Spec | None, leaves: Mapping[str, Any]) -> None:
                 "compressed": False, "shapes": [list(array.shape)],
                 "dtypes": [f"torch.{name}"], "rtfx_dtypes": [_RTFX_DTYPES[name]],
             }  # fmt: skip
-            _create(file, key, _storable(array)).attrs.update(metadata)
+            sink.attributes(sink.dataset(key, _storable(array)), **metadata)
         itself = _treespec_text(_Spec("dict", [key], [None]))
         about = {
             "__spec__": [{key: "*"}, itself],
             "__objects__": [key],
             f"{key}.{_METADATA}": metadata,
         }
-        file.attrs[f"{key}.{_METADATA}"] = json.dumps(about)
-    file.attrs["__SUCCESS__"] = True
+        sink.attributes(sink.file.id, **{f"{key}.{_METADATA}": json.dumps(about)})
+    sink.attributes(sink.file.id, __SUCCESS__=True)
 
 
 def _treespec_text(spec: _Spec | None) -> str:

@@ -151,7 +151,7 @@ class Run:
             missing or unknown, or if values differ inside of a new group.
         """
         if names is None:
-            if not self.ordered:
+            if self.groups and not self.ordered:
                 raise ValueError(
                     "the file tells parameters apart by their order in the model, and these are in "
                     "the order of a dict: names= must list them in the model's order"

@@ -32,7 +32,8 @@ def write(path: str | Path, run: Run) -> None:
     """
     if run.groups or run.states:
         raise ValueError(
-            "a .safetensors file holds weights only; this run has an optimizer's state, too"
+            "a .safetensors file holds weights only, and this run has an optimizer; leave it "
+            "behind with weights_only=True or --weights-only"
         )
     save(path, run.params)
 
