@@ -187,6 +187,7 @@ def test_an_evil_torch_file(tmp_path, name):
 
 def test_an_evil_folder(tmp_path):
     """scheduler.pt, where nobody looks; and a shard that points elsewhere."""
+    pytest.importorskip("safetensors")
     for name in ("model.safetensors", "optimizer.pt", "config.json"):
         (tmp_path / name).write_bytes((GOLDEN / "hf_tiny" / name).read_bytes())
     mark = tmp_path / "mark"
