@@ -361,14 +361,36 @@ def test_what_torch_has_not():
     group = {
         "params": ["w"],
         "betas": (0.9, 0.999),
+        "amsgrad": False,
         "maximize": True,
-        "decoupled_weight_decay": True,
     }
     with pytest.raises(ValueError, match="does not maximize"):
         dialects.to_cerebras(Run({"w": np.ones(1)}, {}, [group]))
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "Adamax", "Adafactor"])
+def test_decay_of_others_is_left_alone():
+    """torch's NAdam has Adam's flag, and no twin of another kind."""
+    group = {
+        "params": ["w"],
+        "weight_decay": 0.1,
+        "decoupled_weight_decay": False,
+        "maximize": False,
+    }
+    (theirs,) = dialects.to_cerebras(Run({"w": np.ones(1)}, {}, [group])).groups
+    assert theirs == {"params": ["w"], "weight_decay": 0.1, "maximize": False}
+    with pytest.raises(ValueError, match="NAdam and RAdam have only L2"):
+        dialects.to_cerebras(Run({}, {}, [{**group, "decoupled_weight_decay": True}]))
+
+
+def test_states_of_others_are_left_alone():
+    """A Lion from elsewhere does not count; nothing is added to what is not known."""
+    run = Run({"w": np.ones(2)}, {"w": {"exp_avg": np.ones(2)}}, [{"params": ["w"]}], step=3)
+    assert set(dialects.to_torch(run).states["w"]) == {"exp_avg"}
+    counted = Run({"w": np.ones(2)}, {"w": {"square_avg": np.ones(2)}}, [{"params": ["w"]}], step=3)
+    assert float(dialects.to_torch(counted).states["w"]["step"]) == 3
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adafactor"])
 def test_words_change_there_and_back(tmp_path, name):
     """torch -> Cerebras -> torch: all of torch's states and values are there again."""
     _, path = saved(tmp_path, name, {})
@@ -379,6 +401,8 @@ def test_words_change_there_and_back(tmp_path, name):
         assert set(back.states[parameter]) == set(entry)
         for key, value in entry.items():
             np.testing.assert_array_equal(back.states[parameter][key], value)
+    for key in {"lr", "betas", "weight_decay"} & set(run.groups[0]):
+        np.testing.assert_allclose(back.groups[0][key], run.groups[0][key], rtol=1e-7, atol=0)
     opt = getattr(optim, name)(dict(run.params), lr=1.0)
     opt.load_state_dict(theirs.state_dict())  # our optimizers take either
     other = getattr(optim, name)(dict(run.params), lr=1.0)

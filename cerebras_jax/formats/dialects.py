@@ -27,6 +27,9 @@ _FACTORED = (
 )
 _FACTORED_VALUES = {"decay_rate": "beta2_decay", "clip_threshold": "d"}
 
+# States of optimizers that count steps in torch, but need not elsewhere.
+_COUNTED = {"square_avg", "exp_inf", "sum", "prev", "ax"}
+
 
 def to_torch(run: Run) -> Run:
     """States and groups as torch.optim's optimizer of the same name keeps them.
@@ -72,8 +75,7 @@ def _torch_entry(
             value = entry.pop(ours, None)
             if value is not None:
                 entry[theirs] = value if axis is None else np.expand_dims(value, axis)
-    counts = set(entry) - {"momentum_buffer", "step"}  # in torch every optimizer does but SGD
-    if counts and "step" not in entry and step is not None:
+    if "step" not in entry and step is not None and _COUNTED & set(entry):
         entry["step"] = np.array(step, np.float32)
     return entry
 
@@ -99,8 +101,10 @@ def _step(
 
 def _torch_group(group: Mapping[str, Any]) -> dict[str, Any]:
     values = {k: _number(k, v) for k, v in group.items() if k != "params"}
-    if not values.pop("correct_bias", True):
-        raise ValueError("correct_bias is False; torch has no Adam without bias correction")
+    if "correct_bias" in values:  # of AdamW and AdamBase only
+        values.setdefault("decoupled_weight_decay", True)
+        if not values.pop("correct_bias"):
+            raise ValueError("correct_bias is False; torch has no Adam without bias correction")
     penalty = values.pop("l2_regularization_rate", None)
     if penalty is not None:
         if penalty and values.get("weight_decay"):
@@ -135,21 +139,23 @@ def _cerebras_entry(
 
 def _cerebras_group(group: Mapping[str, Any]) -> dict[str, Any]:
     values = {k: v for k, v in group.items() if k != "params" and k not in _EXECUTION}
-    if (
-        "decoupled_weight_decay" in values
-    ):  # without it, their Adam and AdamW each say for themselves
-        if values.pop("decoupled_weight_decay"):
-            values["l2_regularization_rate"] = 0.0
-        else:
-            values["l2_regularization_rate"] = values.get("weight_decay", 0.0)
-            values["weight_decay"] = 0.0
-        values["correct_bias"] = True
+    decoupled = values.pop("decoupled_weight_decay", None)
+    if "amsgrad" in values:
         if values.pop("maximize", False):
             raise ValueError("maximize is True; Cerebras' Adam does not maximize")
-    back = {theirs: ours for ours, theirs in _FACTORED_VALUES.items()}
+        if decoupled is not None:  # without it, their Adam and AdamW each say for themselves
+            decay = values.get("weight_decay", 0.0)
+            values["weight_decay"] = decay if decoupled else 0.0
+            values["l2_regularization_rate"] = 0.0 if decoupled else decay
+            values["correct_bias"] = True
+    elif decoupled:
+        raise ValueError("decoupled_weight_decay is True; Cerebras' NAdam and RAdam have only L2")
+    if "beta2_decay" in values:
+        back = {theirs: ours for ours, theirs in _FACTORED_VALUES.items()}
+        values = {back.get(k, k): v for k, v in values.items()}
     if isinstance(values.get("lr"), float):
         values["lr"] = np.array(values["lr"], np.float32)  # theirs is a tensor
-    return {(back.get(k, k) if "beta2_decay" in group else k): v for k, v in values.items()}
+    return values
 
 
 def with_flags(group: Mapping[str, Any]) -> dict[str, Any]:
