@@ -1,9 +1,7 @@
-"""Files of other libraries, read into plain NumPy arrays and written from them.
+"""Formats: pure functions between an optimizer's entries and other people's layouts and files.
 
-Every format is a module with ``read(path) -> Run`` and ``write(path, run)``: `pt`, `huggingface`,
-`cerebras`, `safetensors`. `names` translates the names of one model into those of another,
-`convert` does all at once.
+`state_dict` and `pytorch` are the layouts of optimizers in memory. Files are read into a `run.Run`
+of plain NumPy arrays and written from one: every format of files is a module with
+``read(path) -> Run`` and ``write(path, run)``. `names` translates the names of one model into those
+of another, `convert` does all at once.
 """
-
-from cerebras_jax.formats import cerebras, convert, huggingface, inert, names, pt, safetensors
-from cerebras_jax.formats.run import Run
