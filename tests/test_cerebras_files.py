@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cerebras_jax import optim
-from cerebras_jax.formats import cerebras
+from cerebras_jax.formats import cerebras, mdl_tree
 from cerebras_jax.formats.run import Run
 
 h5py = pytest.importorskip("h5py")
@@ -340,7 +340,7 @@ def test_what_cannot_be_written(tmp_path):
 
 def test_a_spec_of_another_kind():
     with pytest.raises(ValueError, match="unknown kind os.system"):
-        cerebras._make_spec("os.system", [], [])
+        mdl_tree.make_spec("os.system", [], [])
 
 
 def test_flags_are_kept_from_the_hardware(sample, tmp_path):

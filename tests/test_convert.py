@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from cerebras_jax.formats import cerebras, convert, huggingface, names, safetensors
+from cerebras_jax.formats import cerebras, convert, huggingface, names, safetensors_file
 from cerebras_jax.train.cli import main
 
 pytest.importorskip("h5py")
@@ -147,7 +147,7 @@ def test_weights_only(tmp_path, mdl):
     assert "--weights-only" in result.output
     result = run_command(mdl, tmp_path / "x.safetensors", "--weights-only")
     assert result.exit_code == 0, result.output
-    run, weights = cerebras.read(mdl), safetensors.load(tmp_path / "x.safetensors")
+    run, weights = cerebras.read(mdl), safetensors_file.load(tmp_path / "x.safetensors")
     assert set(weights) == set(run.params)
     for name, value in weights.items():
         np.testing.assert_array_equal(value, run.params[name], strict=True)
@@ -159,7 +159,7 @@ def test_flax_rules_by_name(tmp_path):
     result = run_command(FOLDER, target, "--names", tmp_path / "names.txt", "--rules", "flax",
                          "--weights-only")  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "lm_head.kernel" in safetensors.load(target)
+    assert "lm_head.kernel" in safetensors_file.load(target)
 
 
 def test_the_module_order_of_transformers(tmp_path):

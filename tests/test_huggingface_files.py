@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cerebras_jax import optim
-from cerebras_jax.formats import huggingface, pt, safetensors
+from cerebras_jax.formats import huggingface, pt, safetensors_file
 from cerebras_jax.formats.run import Run
 
 pytest.importorskip("safetensors")
@@ -64,13 +64,13 @@ def test_weights_alone(tmp_path):
 
 
 def test_shards(tmp_path):
-    weights = safetensors.load(FOLDER / "model.safetensors")
+    weights = safetensors_file.load(FOLDER / "model.safetensors")
     shutil.copy(FOLDER / "optimizer.pt", tmp_path)
     half = len(ORDER) // 2
     index = {}
     for i, part in enumerate((ORDER[:half], ORDER[half:])):
         file = f"model-{i}.safetensors"
-        safetensors.save(tmp_path / file, {n: weights[n] for n in part})
+        safetensors_file.save(tmp_path / file, {n: weights[n] for n in part})
         index |= dict.fromkeys(part, file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     run = huggingface.read(tmp_path, ORDER)
@@ -91,13 +91,13 @@ def test_safetensors_there_and_back(tmp_path):
     path = tmp_path / "x.safetensors"
     run = Run({"b": np.ones((2, 3), ml_dtypes.bfloat16).T, "a": np.array(3, np.int8),
                "e": np.zeros((0, 2), np.float16)})  # fmt: skip
-    safetensors.write(path, run)
-    again = safetensors.read(path)
+    safetensors_file.write(path, run)
+    again = safetensors_file.read(path)
     assert not again.ordered
     for name, value in run.params.items():
         np.testing.assert_array_equal(again.params[name], value, strict=True)
     with pytest.raises(ValueError, match="holds weights only"):
-        safetensors.write(path, Run({}, {"a": {}}, [{"params": ["a"]}]))
+        safetensors_file.write(path, Run({}, {"a": {}}, [{"params": ["a"]}]))
 
 
 def test_old_weights_are_in_the_models_order(tmp_path):
@@ -129,7 +129,7 @@ def test_there_and_back_is_equal_bit_for_bit(tmp_path):
     for name in ("config.json", "trainer_state.json"):
         theirs, ours = (json.loads((f / name).read_text()) for f in (FOLDER, tmp_path / "out"))
         assert theirs == ours
-    weights = (safetensors.load(f / "model.safetensors") for f in (FOLDER, tmp_path / "out"))
+    weights = (safetensors_file.load(f / "model.safetensors") for f in (FOLDER, tmp_path / "out"))
     theirs, ours = weights
     assert all((theirs[n] == ours[n]).all() for n in ORDER)
     with pytest.raises(FileExistsError, match="is there already"):

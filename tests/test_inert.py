@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerebras_jax.formats import cerebras, convert, huggingface, inert, pt
+from cerebras_jax.formats import cerebras, convert, huggingface, inert, pt, records
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -120,7 +120,7 @@ def test_attacks(name, tmp_path):
     data = _attacks(str(mark))[name]
     with nothing_happens():
         try:
-            left = inert.interpret(inert.load(io.BytesIO(data)))[1]
+            left = records.interpret(inert.load(io.BytesIO(data)))[1]
         except ValueError:
             left = ["refused"]
     assert left or name == "a set", "an attack was taken for data"
@@ -144,11 +144,11 @@ def test_bombs_are_refused():
     tenfold = b"".join(b"](" + b"h%c" % i * 10 + b"eq%c" % (i + 1) for i in range(30))
     laughs = b"\x80\x02(]q\x00" + tenfold + b"1h\x1e"
     with pytest.raises(ValueError, match=r"more than 10,000,000 values"):
-        inert.interpret(inert.load(io.BytesIO(laughs + b".")))
+        records.interpret(inert.load(io.BytesIO(laughs + b".")))
     with pytest.raises(ValueError, match="contains itself"):
-        inert.interpret(inert.load(io.BytesIO(b"\x80\x02]q\x00(h\x00h\x00e.")))
+        records.interpret(inert.load(io.BytesIO(b"\x80\x02]q\x00(h\x00h\x00e.")))
     with pytest.raises(ValueError, match="nested too deeply"):
-        inert.interpret(inert.load(io.BytesIO(b"(" * 20_000 + b"l" * 20_000 + b".")))
+        records.interpret(inert.load(io.BytesIO(b"(" * 20_000 + b"l" * 20_000 + b".")))
     deep_key = b"\x80\x02}K\x01" + b"\x85" * 100_000 + b"K\x01s."
     with pytest.raises(ValueError, match="nested too deeply"):
         inert.load(io.BytesIO(deep_key))
@@ -320,7 +320,7 @@ def test_fuzz():
         for i in range(6000):
             data = _random_program(rng) if i % 2 else _mutated(rng, rng.choice(seeds))
             try:
-                inert.interpret(inert.load(io.BytesIO(data), lambda pid: None))
+                records.interpret(inert.load(io.BytesIO(data), lambda pid: None))
                 read += 1
             except ValueError:
                 pass
@@ -350,7 +350,7 @@ TREES = st.recursive(
 @given(TREES, st.integers(0, pickle.HIGHEST_PROTOCOL))
 def test_data_means_what_pickle_says(tree, protocol):
     data = pickle.dumps(tree, protocol)
-    assert inert.interpret(inert.load(io.BytesIO(data))) == (pickle.loads(data), [])
+    assert records.interpret(inert.load(io.BytesIO(data))) == (pickle.loads(data), [])
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -370,7 +370,7 @@ def test_data_means_what_pickle_says(tree, protocol):
 )
 def test_numpy(array, protocol):
     data = pickle.dumps({"a": array, "d": defaultdict(list, x=[1])}, protocol)
-    tree, left = inert.interpret(inert.load(io.BytesIO(data)))
+    tree, left = records.interpret(inert.load(io.BytesIO(data)))
     assert left == []
     assert tree["d"] == {"x": [1]}
     native = array.astype(array.dtype.newbyteorder("="))
@@ -379,7 +379,7 @@ def test_numpy(array, protocol):
 
 def test_arrays_of_objects_are_left_out():
     data = pickle.dumps({"a": np.array([OrderedDict()], object), "b": 1})
-    assert inert.interpret(inert.load(io.BytesIO(data))) == ({"b": 1}, ["a"])
+    assert records.interpret(inert.load(io.BytesIO(data))) == ({"b": 1}, ["a"])
 
 
 def test_files_are_told_apart_by_their_contents(tmp_path):

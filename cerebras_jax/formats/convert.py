@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cerebras_jax.formats import cerebras, huggingface, names, pt, safetensors
+from cerebras_jax.formats import cerebras, huggingface, names, pt, safetensors_file
 from cerebras_jax.formats.matching import Names
 from cerebras_jax.formats.run import Run
 
@@ -28,8 +28,8 @@ FORMATS: dict[str, Format] = {
         cerebras.read, functools.partial(cerebras.write, version="0.4"), "cerebras", ()
     ),
     "safetensors": Format(
-        lambda path, names=None: safetensors.read(path),
-        lambda path, run, names=None: safetensors.write(path, run),
+        lambda path, names=None: safetensors_file.read(path),
+        lambda path, run, names=None: safetensors_file.write(path, run),
         "torch",
         (".safetensors",),
     ),

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cerebras_jax.formats import dialects, pt, safetensors
+from cerebras_jax.formats import dialects, pt, safetensors_file
 from cerebras_jax.formats.matching import Names
 from cerebras_jax.formats.run import Run
 
@@ -72,13 +72,13 @@ def _read_weights(folder: Path) -> tuple[dict[str, Any], bool]:
     if kind == "pytorch_model.bin":
         return pt.read(folder / kind).params, True
     if kind == "model.safetensors":
-        return safetensors.load(folder / kind), False
+        return safetensors_file.load(folder / kind), False
     files = sorted(set(json.loads((folder / kind).read_text())["weight_map"].values()))
     weights: dict[str, Any] = {}
     for name in files:
         if Path(name).name != name:
             raise ValueError(f"{folder / kind} refers to {name!r}, which is not in the folder")
-        weights |= safetensors.load(folder / name)
+        weights |= safetensors_file.load(folder / name)
     return weights, False
 
 
@@ -142,7 +142,7 @@ def _decays(name: str, run: Run) -> bool:
 
 
 def _write_files(folder: Path, run: Run) -> None:
-    safetensors.save(folder / "model.safetensors", run.params)
+    safetensors_file.save(folder / "model.safetensors", run.params)
     if run.groups:
         optimizer = run.state_dict()
         for group in optimizer["param_groups"]:

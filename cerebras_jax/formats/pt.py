@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from cerebras_jax.formats import dialects, inert
+from cerebras_jax.formats import dialects, inert, records
 from cerebras_jax.formats.files import written_whole
 from cerebras_jax.formats.matching import Names
 from cerebras_jax.formats.run import Run
@@ -173,16 +173,17 @@ def load(path: str | Path) -> tuple[Any, list[str]]:
     try:
         with open(path, "rb") as file:
             start = file.read(4)
-            file.seek(0)
-            tree = _load_zip(file) if start == b"PK\x03\x04" else _load_stream(file)
-            return inert.interpret(tree, _MEANINGS)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            is_zip = start == b"PK\x03\x04"
+            tree = _load_zip(file, mapped) if is_zip else _load_stream(mapped)
+            return records.interpret(tree, _MEANINGS)
     except _DAMAGE as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 _DAMAGE = (
-    ValueError, TypeError, LookupError, EOFError, OverflowError, RuntimeError,
-    zipfile.BadZipFile, zlib.error,
+    ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, RuntimeError,
+    MemoryError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 
@@ -195,32 +196,32 @@ class _Storage:
     size: int  # elements, as the pickle says
 
 
-def _load_zip(file: BinaryIO) -> Any:
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _load_zip(file: BinaryIO, mapped: mmap.mmap) -> Any:
     archive = zipfile.ZipFile(file)
     members = {info.filename: info for info in archive.infolist()}
     root = next((n for n in members if n.endswith("data.pkl")), None)
     if root is None:
         raise ValueError("a zip file, but not of torch.save: it has no data.pkl")
     folder = root.removesuffix("data.pkl")
-    if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
+    order = members.get(f"{folder}byteorder")
+    if order is not None and _member(mapped, order) != b"little":
         raise ValueError("it was written by a big-endian machine")
 
     @functools.cache
     def content(key: str) -> Any:
-        return _member(archive, mapped, members[f"{folder}data/{key}"])
+        return _member(mapped, members[f"{folder}data/{key}"])
 
     def storage(pid: Any) -> _Storage:
         kind, storage_type, key, _, size = pid[:5]
         return _Storage(lambda: content(key), _storage_dtype(kind, storage_type), size)
 
-    return inert.load(io.BytesIO(archive.read(root)), storage)
+    return inert.load(io.BytesIO(_member(mapped, members[root])), storage)
 
 
-def _member(archive: zipfile.ZipFile, mapped: mmap.mmap, info: zipfile.ZipInfo) -> Any:
-    """The bytes of a member of a zip file; mapped, unless they are compressed."""
+def _member(mapped: mmap.mmap, info: zipfile.ZipInfo) -> memoryview:
+    """The bytes of a member of a zip file, mapped."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        return archive.read(info)
+        raise ValueError(f"{info.filename} is compressed or encrypted; torch.save writes neither")
     header = mapped[info.header_offset : info.header_offset + 30]
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise zipfile.BadZipFile(f"{info.filename} is not where the file says")
@@ -234,7 +235,7 @@ def _member(archive: zipfile.ZipFile, mapped: mmap.mmap, info: zipfile.ZipInfo) 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
-def _load_stream(file: BinaryIO) -> Any:
+def _load_stream(file: mmap.mmap) -> Any:
     """The container before torch 1.6, in which the bytes follow the pickles; or a plain pickle."""
     first = inert.load(file)
     if first != _MAGIC:
@@ -244,7 +245,6 @@ def _load_stream(file: BinaryIO) -> Any:
         raise ValueError(f"torch's old form in version {version}, or of a big-endian machine")
     types: dict[str, Any] = {}
     contents: dict[str, Any] = {}
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def storage(pid: Any) -> _Storage:
         kind, storage_type, key, _, size, view = pid
@@ -258,7 +258,7 @@ def _load_stream(file: BinaryIO) -> Any:
         item = 1 if types[key] is None else np.dtype(types[key]).itemsize
         size = int.from_bytes(file.read(8), "little") * item
         start = file.tell()
-        contents[key] = memoryview(mapped)[start : start + size]
+        contents[key] = memoryview(file)[start : start + size]
         if len(contents[key]) != size:
             raise ValueError(f"it ends inside of storage {key}")
         file.seek(start + size)
@@ -326,10 +326,10 @@ def _from_type(record: inert.Record) -> Any:
     """A tensor of a subclass, or with attributes: the tensor in it."""
     function, _, args, _ = record.args
     inner = inert.Record(function.name, tuple(args))
-    return _MEANINGS[function.name](inner) if function.name in _MEANINGS else inert.LEFT
+    return _MEANINGS[function.name](inner) if function.name in _MEANINGS else records.LEFT
 
 
-_MEANINGS: inert.Meanings = {
+_MEANINGS: records.Meanings = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
