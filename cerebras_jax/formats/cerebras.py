@@ -41,19 +41,17 @@ def read(path: str | Path, names: Names | None = None) -> Run:
     schedulers = tree.get("schedulers", tree.get("lr_scheduler")) or []
     step = tree.get("global_step")
     known = ("model", "optimizer", "schedulers", "lr_scheduler", "global_step")
-    optimizer = tree.get("optimizer")
-    if optimizer is not None:
-        groups = [dialects.with_flags(group) for group in optimizer["param_groups"]]
-        optimizer = {**optimizer, "param_groups": groups}
-    return Run.of(
+    run = Run.of(
         tree.get("model"),
-        optimizer,
+        tree.get("optimizer"),
         schedulers if isinstance(schedulers, list) else [schedulers],
-        None if step is None else int(step),
+        step,
         names=names,
         unread=unread,
         extra={k: v for k, v in tree.items() if k not in known},
     )
+    run.groups = [dialects.with_flags(group) for group in run.groups]
+    return run
 
 
 def write(path: str | Path, run: Run, names: Names | None = None, version: str = "0.5") -> None:

@@ -12,20 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from cerebras_jax.formats.pytorch import DIALECTS, EXECUTION_FLAGS
 from cerebras_jax.formats.run import Run
+from cerebras_jax.messages import shown
 
 _POWERS = ("beta1_power", "beta2_power")
-_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 _FLAGS = ("amsgrad", "centered", "correct_bias", "maximize", "nesterov", "scale_parameter",
-          "relative_step", "warmup_init", *_EXECUTION)  # fmt: skip
+          "relative_step", "warmup_init", *EXECUTION_FLAGS)  # fmt: skip
 
-# Adafactor: our name, torch's name, the axis of length 1 that torch keeps.
-_FACTORED = (
-    ("exp_avg_sq_row", "row_var", -1),
-    ("exp_avg_sq_col", "col_var", -2),
-    ("exp_avg_sq", "variance", None),
-)
-_FACTORED_VALUES = {"decay_rate": "beta2_decay", "clip_threshold": "d"}
+_ADAFACTOR = DIALECTS["adafactor"]
+_ADAFACTOR_VALUES = {ours: theirs for theirs, ours in _ADAFACTOR.names.items()}
 
 # States of optimizers that count steps in torch, but need not elsewhere.
 _COUNTED = {"square_avg", "exp_inf", "sum", "prev", "ax"}
@@ -67,17 +63,24 @@ def _torch_entry(
     name: str, entry: Mapping[str, Any], group: Mapping[str, Any], step: int | None
 ) -> dict[str, Any]:
     entry = dict(entry)
-    powers = {k: float(entry.pop(k)) for k in _POWERS if k in entry}
+    powers = {k: float(v) for k in _POWERS if (v := entry.pop(k, None)) is not None}
     if powers and "step" not in entry:
         entry["step"] = np.array(_step(name, powers, group, step), np.float32)
     if "exp_avg_sq_row" in entry or ("decay_rate" in group and "exp_avg_sq" in entry):
-        for ours, theirs, axis in _FACTORED:
-            value = entry.pop(ours, None)
-            if value is not None:
-                entry[theirs] = value if axis is None else np.expand_dims(value, axis)
+        entry = dict(_ADAFACTOR.export_entry(entry, group))
     if "step" not in entry and step is not None and _COUNTED & set(entry):
         entry["step"] = np.array(step, np.float32)
     return entry
+
+
+def _betas(name: str, group: Mapping[str, Any]) -> tuple[float, float]:
+    try:
+        first, second = map(float, group["betas"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"the group of {name!r} must have two betas, got {shown(group.get('betas'))}"
+        ) from None
+    return first, second
 
 
 def _step(
@@ -88,7 +91,7 @@ def _step(
     A running product is off by up to 2^-24 in each step, so a file's step count is taken where it
     agrees within that.
     """
-    for key, beta in zip(_POWERS, map(float, group["betas"]), strict=True):
+    for key, beta in zip(_POWERS, _betas(name, group), strict=True):
         power = powers.get(key, 0.0)
         if 1e-37 < power < 1 and 0 < beta < 1:  # below, float32 has lost digits
             exact = math.log(power) / math.log(beta) - 1
@@ -115,7 +118,7 @@ def _torch_group(group: Mapping[str, Any]) -> dict[str, Any]:
         if penalty:
             values["weight_decay"] = penalty
         values["decoupled_weight_decay"] = not penalty
-    return {_FACTORED_VALUES.get(k, k): v for k, v in values.items()}
+    return {_ADAFACTOR_VALUES.get(k, k): v for k, v in values.items()}
 
 
 # --- Cerebras ------------------------------------------------------------------------------------
@@ -128,17 +131,13 @@ def _cerebras_entry(
     is_adam = "exp_avg_sq" in entry and "amsgrad" in group
     if (is_adam or "exp_inf" in entry) and "beta1_power" not in entry and "step" in entry:
         t = float(entry.pop("step"))
-        for key, beta in zip(_POWERS[: 2 if is_adam else 1], group["betas"], strict=False):
-            entry[key] = np.array(float(beta) ** (t + 1), np.float32)
-    for ours, theirs, axis in _FACTORED:
-        value = entry.pop(theirs, None)
-        if value is not None:
-            entry[ours] = value if axis is None else np.squeeze(value, axis)
-    return entry
+        for key, beta in zip(_POWERS[: 2 if is_adam else 1], _betas(name, group), strict=False):
+            entry[key] = np.array(beta ** (t + 1), np.float32)
+    return dict(_ADAFACTOR.import_entry(entry, group))
 
 
 def _cerebras_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    values = {k: v for k, v in group.items() if k != "params" and k not in _EXECUTION}
+    values = {k: v for k, v in group.items() if k != "params" and k not in EXECUTION_FLAGS}
     decoupled = values.pop("decoupled_weight_decay", None)
     if "amsgrad" in values:
         if values.pop("maximize", False):
@@ -151,8 +150,7 @@ def _cerebras_group(group: Mapping[str, Any]) -> dict[str, Any]:
     elif decoupled:
         raise ValueError("decoupled_weight_decay is True; Cerebras' NAdam and RAdam have only L2")
     if "beta2_decay" in values:
-        back = {theirs: ours for ours, theirs in _FACTORED_VALUES.items()}
-        values = {back.get(k, k): v for k, v in values.items()}
+        values = {_ADAFACTOR.names.get(k, k): v for k, v in values.items()}
     if isinstance(values.get("lr"), float):
         values["lr"] = np.array(values["lr"], np.float32)  # theirs is a tensor
     return values

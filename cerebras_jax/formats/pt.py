@@ -60,7 +60,7 @@ def run_of(tree: Any, unread: list[str], names: Names | None, path: str) -> Run:
     if _is_optimizer(tree):
         return Run.of(None, tree, names=names, unread=unread)
     if "last_epoch" in tree:
-        return Run.of(schedulers=[tree], step=int(tree["last_epoch"]), unread=unread)
+        return Run.of(schedulers=[tree], step=tree["last_epoch"], unread=unread)
     if tree and all(isinstance(v, np.ndarray) for v in tree.values()):
         return Run.of(_params(tree, path), unread=unread)
     found = {part: next((n for n in _PARTS[part] if n in tree), None) for part in _PARTS}
@@ -76,7 +76,7 @@ def run_of(tree: Any, unread: list[str], names: Names | None, path: str) -> Run:
         None if part["model"] is None else _params(part["model"], path),
         optimizer,
         schedulers if isinstance(schedulers, list) else [schedulers],
-        None if part["step"] is None else int(part["step"]),
+        part["step"],
         names=names,
         unread=unread,
         extra={k: v for k, v in tree.items() if k not in found.values()},

@@ -14,7 +14,7 @@ import numpy as np
 from cerebras_jax.formats.state_dict import Entry, Group, plain_value, with_functions
 
 # How torch executes a step; says nothing about what is computed.
-_EXECUTION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
+EXECUTION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
 _BOOKKEEPING = {"params", "param_names"}
 
 
@@ -146,7 +146,7 @@ def import_group(
     check_flags(dialect, renamed, defaults)
     result: dict[str, Any] = {}
     for key, value in renamed.items():
-        if key not in defaults and key in {*_EXECUTION_FLAGS, *dialect.flags, "maximize"}:
+        if key not in defaults and key in {*EXECUTION_FLAGS, *dialect.flags, "maximize"}:
             continue
         result[key] = with_functions(plain_value(value), ours.get(key))
     return dialect.import_group(result, defaults)

@@ -1,13 +1,16 @@
 """A training run as plain data: what every file format is read into and written from."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from cerebras_jax.formats.matching import Names, name_parameters, shape_of
+from cerebras_jax.formats.matching import CLOCKS, Names, name_parameters, shape_of
+from cerebras_jax.formats.state_dict import checked_layout
+from cerebras_jax.messages import shown
 
 
 @dataclasses.dataclass
@@ -49,7 +52,7 @@ class Run:
         params: Mapping[str, Any] | None = None,
         optimizer: Mapping[str, Any] | None = None,
         schedulers: Iterable[Any] = (),
-        step: int | None = None,
+        step: Any = None,
         *,
         names: Names | None = None,
         ordered: bool = True,
@@ -71,26 +74,25 @@ class Run:
           ordered: whether ``params`` is in the model's order.
 
         Raises:
+          TypeError: if a part of ``optimizer`` is of another kind than in torch's layout.
           ValueError: if names cannot be told, or do not fit the shapes.
         """
         params = dict(params or {})
+        step = None if step is None else int(_number("step", step))
         run = cls(params, schedulers=list(schedulers), step=step, ordered=ordered, **rest)
         if optimizer is None:
             return run
-        for key in ("state", "param_groups"):
-            if key not in optimizer:
-                raise ValueError(
-                    f"an optimizer's state dict has the keys 'state' and 'param_groups', no {key!r}"
-                )
-        state = {int(k): dict(v) for k, v in optimizer["state"].items()}
-        groups = list(optimizer["param_groups"])
+        groups, entries = checked_layout(optimizer)
+        state = {number: dict(entry) for number, entry in entries.items()}
         found = name_parameters(groups, state, params, names, ordered)
         for group, members in zip(groups, found, strict=True):
             values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             run.groups.append({**values, "params": members})
-            for name, i in zip(members, map(int, group["params"]), strict=True):
+            for name, i in zip(members, group["params"], strict=True):
                 if i in state:
                     run.states[name] = state.pop(i)
+                    for key in CLOCKS & set(run.states[name]):
+                        _number(f"state {key!r} of parameter {name!r}", run.states[name][key])
         if state:
             raise ValueError(f"the optimizer has state for parameters {[*state][:5]} of no group")
         run.step = _common_step(run) if step is None else step
@@ -217,6 +219,17 @@ def _check_same(
             f"{what} must list each parameter once: missing {missing[:5]}, unknown {unknown[:5]}, "
             f"twice {twice[:5]}"
         )
+
+
+def _number(what: str, value: Any) -> float:
+    """A number, or an array of one; 0 for None, which stands for a state that is not there yet."""
+    try:
+        number = 0.0 if value is None else float(np.asarray(value).item())
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{what} must be a number, got {shown(value)}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{what} must be finite, got {number}")
+    return number
 
 
 def _common_step(run: Run) -> int | None:
