@@ -120,7 +120,7 @@ def test_names_in_files(tmp_path):
         assert "Left behind, unknown to the target: schedulers, config" in result.output
     assert_same_states(cerebras.read(tmp_path / "0.mdl"), cerebras.read(tmp_path / "1.mdl"))
     result = run_command(FOLDER, tmp_path / "2.mdl")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "names= must say" in result.output
 
 
@@ -139,11 +139,15 @@ def test_rules_in_files(tmp_path, mdl):
     rules.write_text("lowp: low")
     result = run_command(mdl, tmp_path / "z.mdl", "--rules", rules)
     assert "must be a list of rules, found a dict" in result.output
+    rules.write_text("[")
+    result = run_command(mdl, tmp_path / "z.mdl", "--rules", rules)
+    assert (result.exit_code, "rules.yaml is no YAML" in result.output) == (2, True)
+    assert not (tmp_path / "z.mdl").exists()
 
 
 def test_weights_only(tmp_path, mdl):
     result = run_command(mdl, tmp_path / "x.safetensors")
-    assert (result.exit_code, "holds weights only" in result.output) == (1, True)
+    assert (result.exit_code, "holds weights only" in result.output) == (2, True)
     assert "--weights-only" in result.output
     result = run_command(mdl, tmp_path / "x.safetensors", "--weights-only")
     assert result.exit_code == 0, result.output
@@ -174,5 +178,5 @@ def test_a_missing_package_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     shutil.copy(FOLDER / "model.safetensors", tmp_path)
     result = run_command(tmp_path / "model.safetensors", tmp_path / "x.mdl")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "pip install 'cerebras_jax[convert]'" in result.output

@@ -47,8 +47,9 @@ FLOORS = [
     {"recipe"},
     {""},  # the face of the package
     {"train.data", "train.folder", "train.gpt", "train.losses", "train"},
-    {"train.report", "train.convert_cli"},
-    {"train.run"},
+    {"train.report"},
+    {"train.answers"},
+    {"train.run", "train.convert_cli"},
     {"train.cli"},
     {"__main__"},
 ]

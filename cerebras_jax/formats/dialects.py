@@ -6,17 +6,15 @@ and in how a group says whether decay is decoupled. Our optimizers take either.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from cerebras_jax.formats.pytorch import DIALECTS, EXECUTION_FLAGS
+from cerebras_jax.formats.pytorch import DIALECTS, EXECUTION_FLAGS, POWERS, steps_of_powers
 from cerebras_jax.formats.run import Run
 from cerebras_jax.messages import shown
 
-_POWERS = ("beta1_power", "beta2_power")
 _FLAGS = ("amsgrad", "centered", "correct_bias", "maximize", "nesterov", "scale_parameter",
           "relative_step", "warmup_init", *EXECUTION_FLAGS)  # fmt: skip
 
@@ -63,7 +61,7 @@ def _torch_entry(
     name: str, entry: Mapping[str, Any], group: Mapping[str, Any], step: int | None
 ) -> dict[str, Any]:
     entry = dict(entry)
-    powers = {k: float(v) for k in _POWERS if (v := entry.pop(k, None)) is not None}
+    powers = {k: float(v) for k in POWERS if (v := entry.pop(k, None)) is not None}
     if powers and "step" not in entry:
         entry["step"] = np.array(_step(name, powers, group, step), np.float32)
     if "exp_avg_sq_row" in entry or ("decay_rate" in group and "exp_avg_sq" in entry):
@@ -86,17 +84,11 @@ def _betas(name: str, group: Mapping[str, Any]) -> tuple[float, float]:
 def _step(
     name: str, powers: Mapping[str, float], group: Mapping[str, Any], step: int | None
 ) -> int:
-    """The t of powers that hold beta^(t + 1) as running products in float32.
-
-    A running product is off by up to 2^-24 in each step, so a file's step count is taken where it
-    agrees within that.
-    """
-    for key, beta in zip(_POWERS, _betas(name, group), strict=True):
-        power = powers.get(key, 0.0)
-        if 1e-37 < power < 1 and 0 < beta < 1:  # below, float32 has lost digits
-            exact = math.log(power) / math.log(beta) - 1
-            error = 1e-3 - (exact + 1) * 2**-24 / math.log(beta)
-            return step if step is not None and abs(exact - step) <= error else round(exact)
+    """The step that the powers tell; where the file's step count may be the same, that one."""
+    told = steps_of_powers(powers, _betas(name, group))
+    if told is not None:
+        found, error = told
+        return step if step is not None and abs(found - step) <= error else round(found)
     if step is None:
         raise ValueError(f"{name!r}: its powers {powers} do not tell the step, nor does the file")
     return step
@@ -129,9 +121,10 @@ def _cerebras_entry(
 ) -> dict[str, Any]:
     entry = dict(entry)
     is_adam = "exp_avg_sq" in entry and "amsgrad" in group
-    if (is_adam or "exp_inf" in entry) and "beta1_power" not in entry and "step" in entry:
+    steps = entry.get("step")
+    if (is_adam or "exp_inf" in entry) and "beta1_power" not in entry and steps is not None:
         t = float(entry.pop("step"))
-        for key, beta in zip(_POWERS[: 2 if is_adam else 1], _betas(name, group), strict=False):
+        for key, beta in zip(POWERS[: 2 if is_adam else 1], _betas(name, group), strict=False):
             entry[key] = np.array(beta ** (t + 1), np.float32)
     return dict(_ADAFACTOR.import_entry(entry, group))
 

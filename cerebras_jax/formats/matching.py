@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from cerebras_jax.messages import shown
+
 Names: TypeAlias = Sequence[str] | Sequence[Sequence[str]]
 """Parameter names in the model's order, or a list of them for each group."""
 
@@ -126,7 +128,7 @@ def _by_shape(
     if count != len(candidates):
         raise ValueError(
             f"the optimizer has {count} parameters, the model {len(candidates)}: "
-            f"{[*candidates][:8]}{_ASK}"
+            f"{shown([*candidates])}{_ASK}"
         )
     if len(shapes) == 1 and _fits(list(candidates), shapes[0], candidates, ordered):
         return [list(candidates)]
@@ -153,7 +155,7 @@ def _split(
     if len(names) != sum(counts.values()):
         raise ValueError(
             f"the optimizer has {sum(counts.values())} parameters {what}, the model has "
-            f"{names[:8]}{_ASK}"
+            f"{shown(names)}{_ASK}"
         )
     if len(counts) == 1:
         return dict.fromkeys(names, *counts)
@@ -163,7 +165,7 @@ def _split(
         takers = [g for g in counts if decays[g] is decayed]
         if sum(counts[g] for g in takers) != len(mine) or len(takers) > 1:
             raise ValueError(
-                f"several groups have parameters {what}, and any could be {names[:8]}{_ASK}"
+                f"several groups have parameters {what}, and any could be {shown(names)}{_ASK}"
             )
         owner |= dict.fromkeys(mine, *takers) if mine else {}
     return owner
@@ -186,7 +188,7 @@ def _arrange(
     by_shape = {known[n]: n for n in members}
     if len(by_shape) < len(members) or not set(shapes) <= set(by_shape):
         same = [n for n in members if by_shape[known[n]] != n or list(shapes).count(known[n]) > 1]
-        raise ValueError(f"{same[:8]} have the same shape, and the order does not tell{_ASK}")
+        raise ValueError(f"{shown(same)} have the same shape, and the order does not tell{_ASK}")
     return [by_shape[s] for s in shapes]
 
 

@@ -25,6 +25,7 @@ from cerebras_jax.formats import dialects, inert, records
 from cerebras_jax.formats.files import written_whole
 from cerebras_jax.formats.matching import Names
 from cerebras_jax.formats.run import Run
+from cerebras_jax.messages import shown
 
 # What other programs call the parts of a checkpoint.
 _PARTS = {
@@ -65,7 +66,7 @@ def run_of(tree: Any, unread: list[str], names: Names | None, path: str) -> Run:
         return Run.of(_params(tree, path), unread=unread)
     found = {part: next((n for n in _PARTS[part] if n in tree), None) for part in _PARTS}
     if found["model"] is None and found["optimizer"] is None:
-        raise ValueError(f"{path} has neither a model nor an optimizer, but {[*tree][:8]}")
+        raise ValueError(f"{path} has neither a model nor an optimizer, but {shown([*tree])}")
     part = {k: tree[n] if n is not None else None for k, n in found.items()}
     optimizer, schedulers = part["optimizer"], part["schedulers"] or []
     if isinstance(optimizer, list):

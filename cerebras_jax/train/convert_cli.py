@@ -9,6 +9,8 @@ import yaml
 from cerebras_jax.formats import convert as formats
 from cerebras_jax.formats import huggingface
 from cerebras_jax.formats import names as rules_of_names
+from cerebras_jax.train import report
+from cerebras_jax.train.answers import one_line, told
 
 
 @click.command("convert")
@@ -44,7 +46,7 @@ def convert_command(source: Path, target: Path, module_order: bool, **options: A
     .safetensors file, told from its contents; nothing in it is executed. The formats are described
     in the documentation under "Move a run".
     """
-    try:
+    with told():
         source_names = _names(options["names"])
         if module_order:
             source_names = huggingface.module_order(source)
@@ -58,20 +60,22 @@ def convert_command(source: Path, target: Path, module_order: bool, **options: A
             back_to=options["back_to"],
             weights_only=options["weights_only"],
         )
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise click.ClickException(str(error)) from None
     click.echo(", ".join(f"{k} {v}" for k, v in formats.summary(run).items()))
     if run.unread:
-        click.echo(f"Not read, as only its own code could: {', '.join(run.unread)}", err=True)
+        click.echo(
+            one_line(f"Not read, as only its own code could: {', '.join(run.unread)}"), err=True
+        )
     if left_behind:
-        click.echo(f"Left behind, unknown to the target: {', '.join(left_behind)}", err=True)
-    click.echo(str(target))
+        click.echo(
+            one_line(f"Left behind, unknown to the target: {', '.join(left_behind)}"), err=True
+        )
+    click.echo(report.printable(str(target)))
 
 
 def _names(path: Path | None) -> list[str] | list[list[str]] | None:
     if path is None:
         return None
-    groups = [part.split("\n") for part in path.read_text().strip().split("\n\n")]
+    groups = [part.split() for part in path.read_text().strip().split("\n\n")]
     return groups if len(groups) > 1 else groups[0]
 
 
@@ -80,7 +84,10 @@ def _rules(given: str | None) -> list[Any]:
         return []
     if given == "flax":
         return list(rules_of_names.TORCH_TO_FLAX)
-    rules = yaml.safe_load(Path(given).read_text())
+    try:
+        rules = yaml.safe_load(Path(given).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{given} is no YAML: {error}") from None
     if not isinstance(rules, list):
         raise ValueError(f"{given} must be a list of rules, found a {type(rules).__name__}")
     return rules
