@@ -12,6 +12,7 @@ import functools
 import io
 import math
 import mmap
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -136,21 +137,23 @@ def save(path: str | Path, tree: Any) -> None:
     """``torch.save`` of a tree, its arrays as tensors, whole or not at all."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    with written_whole(path) as temporary:
-        torch.save(to_tensors(tree), temporary)
+    with written_whole(path) as temporary, warnings.catch_warnings():
+        # Tensors of a mapped file must not be written to; torch.save does not.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        torch.save(_to_tensors(tree), temporary)
 
 
-def to_tensors(tree: Any) -> Any:
-    """A tree of dicts and lists with torch tensors for its arrays, in the same dtypes."""
+def _to_tensors(tree: Any) -> Any:
+    """A tree of dicts and lists with torch tensors on the memory of its arrays."""
     import torch  # pyright: ignore[reportMissingImports]
 
     if isinstance(tree, Mapping):
-        return {k: to_tensors(v) for k, v in tree.items()}
+        return {k: _to_tensors(v) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(to_tensors(v) for v in tree)
+        return type(tree)(_to_tensors(v) for v in tree)
     if not hasattr(tree, "shape") or isinstance(tree, np.generic):
         return tree.item() if isinstance(tree, np.generic) else tree
-    array = np.array(tree, order="C")  # a copy: torch's tensors are writable
+    array = np.asarray(tree, order="C")
     if array.dtype.name not in _BY_NAME:
         raise TypeError(f"torch has no dtype {array.dtype}")
     if array.dtype.kind in "biufc" and array.dtype.name not in _EXTENDED:
