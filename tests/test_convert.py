@@ -14,10 +14,6 @@ from click.testing import CliRunner
 from cerebras_jax.formats import cerebras, convert, huggingface, names, safetensors_file
 from cerebras_jax.train.cli import main
 
-pytest.importorskip("h5py")
-pytest.importorskip("hdf5plugin")
-pytest.importorskip("safetensors")
-
 GOLDEN = Path(__file__).parent / "golden"
 FOLDER = GOLDEN / "hf_tiny"
 ORDER = np.load(FOLDER / "expected.npz")["names"].tolist()

@@ -13,8 +13,6 @@ from cerebras_jax import optim
 from cerebras_jax.formats import huggingface, pt, safetensors_file
 from cerebras_jax.formats.run import Run
 
-pytest.importorskip("safetensors")
-
 FOLDER = Path(__file__).parent / "golden" / "hf_tiny"
 EXPECTED = dict(np.load(FOLDER / "expected.npz"))
 ORDER = EXPECTED["names"].tolist()

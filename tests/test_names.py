@@ -10,7 +10,7 @@ from cerebras_jax import optim
 from cerebras_jax.formats import names
 from cerebras_jax.formats.run import Run
 
-LAYERS = 3
+LAYERS = 2
 SHAPES = {
     "embed.weight": (5, 4),
     **{f"layers.{i}.{n}": s for i in range(LAYERS)
@@ -63,9 +63,8 @@ def run_of(opt):
 
 
 ELEMENTWISE = [
-    ("AdamW", {"weight_decay": 0.1}), ("Adam", {"amsgrad": True}), ("SGD", {"momentum": 0.9}),
-    ("RMSprop", {"centered": True, "momentum": 0.5}), ("NAdam", {}), ("Rprop", {}), ("ASGD", {}),
-    ("Adagrad", {}), ("Lion", {}),
+    ("AdamW", {"weight_decay": 0.1, "amsgrad": True}), ("SGD", {"momentum": 0.9}),
+    ("RMSprop", {"centered": True, "momentum": 0.5}), ("NAdam", {}), ("ASGD", {}),
 ]  # fmt: skip
 
 
