@@ -1,8 +1,10 @@
 """torch's words and Cerebras'; the oracles are the running products that powers are."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cerebras_jax import optim, schedules
 from cerebras_jax.formats import dialects
 from cerebras_jax.formats.run import Run
 
@@ -99,3 +101,19 @@ def test_states_of_others_are_left_alone():
     assert set(dialects.to_torch(run).states["w"]) == {"exp_avg"}
     counted = Run({"w": np.ones(2)}, {"w": {"square_avg": np.ones(2)}}, [{"params": ["w"]}], step=3)
     assert float(dialects.to_torch(counted).states["w"]["step"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", schedules.linear(0.1, 0.0, 10)),
+        ("weight_decay", schedules.linear(0.1, 0.0, 10)),
+        ("eps", lambda t: 1e-8 * (t + 1)),
+    ],
+)
+def test_functions_are_in_no_file(key, value):
+    opt = optim.AdamW({"w": jnp.ones(2)}, **{"lr": 0.1, key: value})
+    run = Run.of(dict(opt.named_parameters()), opt.state_dict())
+    for translate in (dialects.to_torch, dialects.to_cerebras):
+        with pytest.raises(ValueError, match=f"{key} must be a number, got "):
+            translate(run)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cerebras_jax import optim
+from cerebras_jax import optim, schedules
 from cerebras_jax.formats import convert, dialects, names, pt
 from cerebras_jax.formats.run import Run
 
@@ -143,10 +143,6 @@ def test_there_and_back_is_equal_bit_for_bit(tmp_path, name, kwargs):
     returned.load_state_dict(again["optimizer"])
 
 
-def torch_eps(t, eps=1e-8, b2=0.999):  # see docs/from_pytorch.md
-    return eps * jnp.sqrt(1 - b2 ** (t + 1.0))
-
-
 @pytest.mark.parametrize(("name", "kwargs"), GO_ON, ids=str)
 def test_a_run_goes_on_with_the_same_numbers(tmp_path, name, kwargs):
     """Six steps after reading: SGD bit for bit, with momentum to a unit in the last place (XLA
@@ -160,7 +156,7 @@ def test_a_run_goes_on_with_the_same_numbers(tmp_path, name, kwargs):
     opt = getattr(optim, name)(params, lr=1.0, **kwargs)
     opt.load_state_dict(run.state_dict())
     if name in ("Adam", "AdamW"):
-        opt.param_groups[0]["eps"] = torch_eps
+        opt.param_groups[0]["eps"] = schedules.torch_eps()
     for grads in gradients(module, 6, 5):
         opt.step(grads)
     for key, value in module.named_parameters():
@@ -190,7 +186,7 @@ def test_two_groups(tmp_path):
     opt = optim.AdamW(optim.param_groups(params, run.groups), lr=1.0)
     opt.load_state_dict(run.state_dict())
     for group in opt.param_groups:
-        group["eps"] = torch_eps
+        group["eps"] = schedules.torch_eps()
     for grads in gradients(module, 3, 5):
         opt.step(grads)
     for key, value in module.named_parameters():
@@ -202,10 +198,9 @@ def test_from_an_optimizer_of_ours_to_torch(tmp_path):
     module = net()
     module.optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1)
     params = {n: jnp.array(p.detach().numpy()) for n, p in module.named_parameters()}
-    opt = optim.AdamW(params, lr=0.01, weight_decay=0.1, eps=torch_eps)
+    opt = optim.AdamW(params, lr=0.01, weight_decay=0.1, eps=schedules.torch_eps())
     for grads in gradients(module, 4, 0):
         opt.step(grads)
-    opt.param_groups[0]["eps"] = 1e-8
     run = Run.of(dict(opt.named_parameters()), opt.state_dict(), step=4, ordered=False)
     with pytest.raises(ValueError, match="names= must list them in the model's order"):
         pt.write(tmp_path / "x.pt", run)
@@ -216,6 +211,7 @@ def test_from_an_optimizer_of_ours_to_torch(tmp_path):
     optimizer = torch.optim.AdamW(other.parameters(), lr=1.0)
     optimizer.load_state_dict(file["optimizer"])
     assert file["global_step"] == 4
+    assert optimizer.param_groups[0]["eps"] == 1e-8
     train(module, module.optimizer, 3, start=4)
     train(other, optimizer, 3, start=4)
     for mine, theirs in zip(other.parameters(), module.parameters(), strict=True):

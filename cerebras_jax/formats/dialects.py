@@ -14,12 +14,15 @@ import numpy as np
 from cerebras_jax.formats.pytorch import DIALECTS, EXECUTION_FLAGS, POWERS, steps_of_powers
 from cerebras_jax.formats.run import Run
 from cerebras_jax.messages import shown
+from cerebras_jax.schedules import torch_eps
 
 _FLAGS = ("amsgrad", "centered", "correct_bias", "maximize", "nesterov", "scale_parameter",
           "relative_step", "warmup_init", *EXECUTION_FLAGS)  # fmt: skip
 
 _ADAFACTOR = DIALECTS["adafactor"]
 _ADAFACTOR_VALUES = {ours: theirs for theirs, ours in _ADAFACTOR.names.items()}
+
+_NEVER_NONE = ("betas", "eps", "momentum", "weight_decay")
 
 # States of optimizers that count steps in torch, but need not elsewhere.
 _COUNTED = {"square_avg", "exp_inf", "sum", "prev", "ax"}
@@ -28,11 +31,16 @@ _COUNTED = {"square_avg", "exp_inf", "sum", "prev", "ax"}
 def to_torch(run: Run) -> Run:
     """States and groups as torch.optim's optimizer of the same name keeps them.
 
+    The schedule `torch_eps` becomes torch's eps again.
+
     Raises:
       ValueError: if the optimizer does something that torch's does not, or its steps cannot be
         told any more.
     """
-    return _translated(run, _torch_entry, _torch_group)
+    groups = [
+        {**g, "eps": g["eps"].eps} if isinstance(g.get("eps"), torch_eps) else g for g in run.groups
+    ]
+    return _translated(dataclasses.replace(run, groups=groups), _torch_entry, _torch_group)
 
 
 def to_cerebras(run: Run) -> Run:
@@ -47,11 +55,23 @@ def to_cerebras(run: Run) -> Run:
 def _translated(run: Run, entry: Any, group: Any) -> Run:
     states = dict(run.states)
     for values in run.groups:
+        _check_numbers(values)
         for name in values["params"]:
             if name in states:
                 states[name] = entry(name, states[name], values, run.step)
     groups = [{**group(values), "params": list(values["params"])} for values in run.groups]
     return dataclasses.replace(run, states=states, groups=groups)
+
+
+def _check_numbers(group: Mapping[str, Any]) -> None:
+    """Refuses functions; in a state dict of ours they are schedules, or None."""
+    for key, value in group.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(map(callable, values)) or (value is None and key in _NEVER_NONE):
+            raise ValueError(
+                f"{key} must be a number, got {shown(value)}; a file holds no function: give the "
+                "group a number first"
+            )
 
 
 # --- torch ---------------------------------------------------------------------------------------
