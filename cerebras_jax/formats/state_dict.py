@@ -56,7 +56,7 @@ def match_parameters(state_dict: Mapping[str, Any], ours: Sequence[Group]) -> Ma
     Raises:
       TypeError, ValueError: if a part is missing or of another kind, or groups or sizes differ.
     """
-    loaded, state = _checked_layout(state_dict)
+    loaded, state = checked_layout(state_dict)
     numbers = [n for group in loaded for n in group["params"]]
     our_names = [name for group in ours for name in group["params"]]
     their_names = [n for group in loaded for n in group.get("param_names") or ()]
@@ -79,7 +79,12 @@ def match_parameters(state_dict: Mapping[str, Any], ours: Sequence[Group]) -> Ma
     return Match(groups, entries, bool(state))
 
 
-def _checked_layout(state_dict: Any) -> tuple[list[Group], dict[int, Entry]]:
+def checked_layout(state_dict: Any) -> tuple[list[Group], dict[int, Entry]]:
+    """Groups and state of a state dict, whose numbers are ints.
+
+    Raises:
+      TypeError, ValueError: if a part is missing, or is of another kind than in torch's layout.
+    """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"a state dict is a dict, got {type(state_dict).__name__}")
     for key in ("state", "param_groups"):
