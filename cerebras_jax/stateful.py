@@ -192,9 +192,17 @@ def is_reference(x: Any) -> bool:
     return _is_reference_type(type(x))
 
 
+def is_nnx(x: Any) -> bool:
+    """Whether x is an object of flax: a module, an optimizer, a metric, random streams.
+
+    They are updated in place, like whatever is `Stateful`.
+    """
+    return isinstance(x, nnx.Pytree)
+
+
 @functools.cache
 def _is_reference_type(kind: type) -> bool:
-    return issubclass(kind, Stateful | nnx.Module)
+    return issubclass(kind, Stateful | nnx.Pytree)
 
 
 def is_array(x: Any) -> bool:
@@ -350,9 +358,9 @@ class _Aux:
 def _flatten(obj: Stateful) -> tuple[tuple, _Aux]:
     with obj.lock:
         arrays, numbers, static, refs = obj.parts()
-        graphdef, modules = nnx.split([r for r in refs if isinstance(r, nnx.Module)])
-        others = [r for r in refs if not isinstance(r, nnx.Module)]
-        places = tuple(isinstance(r, nnx.Module) for r in refs)
+        graphdef, modules = nnx.split([r for r in refs if is_nnx(r)])
+        others = [r for r in refs if not is_nnx(r)]
+        places = tuple(map(is_nnx, refs))
         key = (static, graphdef, places, len(arrays))
         aux = _Aux(key, tuple(obj.array_names()), obj.skeleton())
     return (*arrays, [*numbers, *obj.constants()], others, modules), aux

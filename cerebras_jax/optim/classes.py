@@ -1,6 +1,7 @@
 """Classes of optimizers, made of pure functions."""
 
 import copyreg
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -46,12 +47,15 @@ def optimizer_of(
         raise TypeError(
             f"optimizer_of takes a function that returns an optax pair, got {factory!r}"
         )
+    key: Any = factory
+    if isinstance(factory, functools.partial):  # each copy is another object
+        key = factory.func, factory.args, tuple(factory.keywords.items())
     try:
-        found = _MADE.get(factory)
+        found = _MADE.get(key)
     except TypeError:  # not hashable
         return _class_of(factory)
     if found is None:
-        found = _MADE[factory] = _class_of(factory)
+        found = _MADE[key] = _class_of(factory)
     return found
 
 

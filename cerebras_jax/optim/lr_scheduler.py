@@ -137,6 +137,9 @@ class ScalePerParamLR(SchedulerComposition, LRScheduler):
         self._adopt(optimizer, [scheduler])
         super().__init__(optimizer, param_group_tags=scheduler.param_group_tags)
 
+    def _what_is_overwritten(self) -> None:
+        return None  # the groups' factors are what it is for
+
     @property
     def schedule(self) -> Callable[[Any], Any]:
         return self._schedulers[0].schedule

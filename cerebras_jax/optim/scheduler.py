@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, ParamSpec
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 
 from cerebras_jax.checks import check, is_number, is_traced
 from cerebras_jax.formats.state_dict import plain_value, with_functions
-from cerebras_jax.optim.numbers import as_argument
+from cerebras_jax.optim.numbers import LEARNING_RATES, as_argument
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.stateful import OUTSIDE, Fill, Memento, Parts, Stateful, freeze
 
@@ -58,6 +59,7 @@ class Scheduler(Stateful, ABC):
 
     key: str
     keys: ClassVar[tuple[str, ...]] = ()  # other names of it, for optimizers that use them
+    transient: ClassVar[tuple[str, ...]] = (*Stateful.transient, "_note")
     special: ClassVar[frozenset[str]] = frozenset({"optimizer", "last_epoch", "_last_lr"})
 
     optimizer: Optimizer
@@ -85,7 +87,13 @@ class Scheduler(Stateful, ABC):
                 optimizer.schedule_value(i, self.key)
         self.last_epoch = last_epoch
         self._last_lr: list[Any] = []
-        self._check_unclaimed()
+        for i, other in self._claimed():
+            warnings.warn(
+                f"param_groups[{i}][{self.key!r}] is written by {other!r}; the new scheduler takes "
+                "its place when nothing refers to the old one any more",
+                stacklevel=3,
+            )
+        self._note = self._what_is_overwritten()
         self._advance()
 
     # --- the value ---------------------------------------------------------------------------
@@ -122,6 +130,8 @@ class Scheduler(Stateful, ABC):
             self._check_unclaimed()
             self._claim()
             self.optimizer.note_schedule()
+            if note := vars(self).pop("_note", None):
+                warnings.warn(note, stacklevel=2)
             took = self.optimizer.took_step
             if is_traced(took):
                 epoch, values = self.last_epoch, [group[self.key] for group in self.groups()]
@@ -170,15 +180,39 @@ class Scheduler(Stateful, ABC):
                 f"the groups' tags are {sorted(tags)}"
             )
 
-    def _check_unclaimed(self) -> None:
-        claims = claims_of(self.optimizer)
+    def _claimed(self) -> Iterator[tuple[int, Any]]:
+        """Groups that another scheduler writes to, and that one."""
+        claims, mine = claims_of(self.optimizer), self.groups()
         for i, group in enumerate(self.optimizer.param_groups):
             other = claims.get((i, self.key), lambda: None)()
-            if other is not None and other is not self and any(g is group for g in self.groups()):
-                raise ValueError(
-                    f"param_groups[{i}][{self.key!r}] is already written by {other!r}; combine "
-                    "schedulers with SequentialLR or ChainedScheduler"
-                )
+            if other is not None and other is not self and any(g is group for g in mine):
+                yield i, other
+
+    def _check_unclaimed(self) -> None:
+        for i, other in self._claimed():
+            raise ValueError(
+                f"param_groups[{i}][{self.key!r}] is already written by {other!r}; combine "
+                "schedulers with SequentialLR or ChainedScheduler"
+            )
+
+    def _what_is_overwritten(self) -> str | None:
+        """What to say at the first step: the groups had values of their own."""
+        groups = self.groups()
+        values = [group[self.key] for group in groups]
+        plain = [x for x in values if not callable(x) and not is_traced(x)]
+        factors = [i for i, g in enumerate(groups) if g.get("adjust_learning_rate", 1.0) != 1.0]
+        if factors and self.key in LEARNING_RATES:
+            return (
+                f"adjust_learning_rate of the parameter groups {factors} is not used by "
+                f"{type(self).__name__}; wrap it in ScalePerParamLR"
+            )
+        if len(set(map(float, plain))) > 1:
+            return (
+                f"{type(self).__name__} writes one {self.key} into all groups, which had "
+                f"{[plain_value(x) for x in values]}; param_group_tags choose groups, and "
+                "ScalePerParamLR with adjust_learning_rate in the groups keeps their ratios"
+            )
+        return None
 
     def _claim(self) -> None:
         mine = self.groups()
