@@ -11,6 +11,7 @@ from cerebras_jax.optim.algorithms.adamw import AdamW, adamw
 from cerebras_jax.optim.algorithms.asgd import ASGD, asgd
 from cerebras_jax.optim.algorithms.lamb import Lamb, lamb
 from cerebras_jax.optim.algorithms.lion import Lion, lion
+from cerebras_jax.optim.algorithms.muon import Muon, muon
 from cerebras_jax.optim.algorithms.nadam import NAdam, nadam
 from cerebras_jax.optim.algorithms.radam import RAdam, radam
 from cerebras_jax.optim.algorithms.rmsprop import RMSprop, rmsprop
