@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check
-from cerebras_jax.types import Array, Number
+from cerebras_jax.types import Array
 
-Triple = tuple[Number, Number, Number]
+Triple = tuple[float | Array, float | Array, float | Array]
 
 # Singular values between 0.001 and 1 (1.02 in rounded arithmetic) end where the comment says.
 PRESETS: dict[str, tuple[Triple, ...]] = {
