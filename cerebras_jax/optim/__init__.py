@@ -22,6 +22,7 @@ from cerebras_jax.optim.configure import (
     configure_optimizer,
     configure_param_groups,
 )
+from cerebras_jax.optim.muon_groups import muon_groups
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import param_groups
 from cerebras_jax.optim.shell import optimizer_of

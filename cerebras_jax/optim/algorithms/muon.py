@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from cerebras_jax.axes import EXAMPLES, Layout, check_axes
 from cerebras_jax.checks import check, check_flag, check_pair
 from cerebras_jax.optim.algorithms.newton_schulz import Triple, newton_schulz, steps_of
 from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.roles import has_outer_name
 from cerebras_jax.rule import Rule, add_weight_decay, bias_correction, per_parameter
 from cerebras_jax.types import Array, Number
 from cerebras_jax.whole import check_whole, static_whole, whole_numbers
@@ -195,12 +195,6 @@ def _is_floating(name: Any) -> bool:
         return False
 
 
-OUTER_NAMES = re.compile(
-    r"(.*embed.*|wte|wpe|tok(en)?s?|pos|(lm_?)?head|logits?|unembed.*)", re.IGNORECASE
-)
-"""Path components of embeddings and output layers."""
-
-
 class Muon(Optimizer.of(muon, enable_global_step=True)):
     states_to_sparsify = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
@@ -213,7 +207,7 @@ class Muon(Optimizer.of(muon, enable_global_step=True)):
             for group in self.param_groups
             if group["use_muon"] is None and group["axes"] is None
             for name in group["params"]
-            if ranks[name] == 2 and any(map(OUTER_NAMES.fullmatch, name.split(".")))
+            if ranks[name] == 2 and has_outer_name(name)
         ]
         if outer:
             warnings.warn(
