@@ -22,7 +22,9 @@ from cerebras_jax.optim.configure import (
     configure_optimizer,
     configure_param_groups,
 )
-from cerebras_jax.optim.muon_groups import muon_groups
+from cerebras_jax.optim.coordinate_check import CoordinateCheck, coordinate_check
+from cerebras_jax.optim.muon_groups import MuonGroups, muon_groups
+from cerebras_jax.optim.mup import MupGroups, mup
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import param_groups
 from cerebras_jax.optim.shell import optimizer_of
