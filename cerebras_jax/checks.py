@@ -82,6 +82,24 @@ def check_pair(name: str, value: Any, *rules: str) -> None:
         check(f"{name}[{i}]", member, rule)
 
 
+def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Refuses what is not a whole number in its range, or is known only when a program runs.
+
+    >>> check_whole("split", 0, 1)
+    Traceback (most recent call last):
+      ...
+    ValueError: split must be a whole number >= 1, got 0
+    """
+    rule = f">= {low}" if high is None else f"from {low} to {high}"
+    if is_traced(value) or not is_number(value):
+        kind = "a traced number" if is_traced(value) else repr(value)
+        raise TypeError(f"{name} must be a whole number {rule}, fixed at construction, got {kind}")
+    if np.shape(value) != () or value != int(value):
+        raise ValueError(f"{name} must be a whole number {rule}, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be a whole number {rule}, got {int(value)}")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Refuses anything but True and False: a flag is decided when the optimizer is made."""
     if not isinstance(value, bool | np.bool_):

@@ -241,7 +241,6 @@ def test_a_convolution_is_the_matrix_of_its_patches():
 @pytest.mark.parametrize(
     "kwargs", [{"axes": "bio"}, {"split": 3}, {"axes": "bio", "use_muon": True}], ids=str
 )
-@pytest.mark.xfail(strict=True, reason="states are looked for in a scalar and a 2 x 2 matrix only")
 def test_layouts_in_both_forms(kwargs):
     g = normal(3, 4, 6) if "axes" in kwargs else normal(4, 6)
     params = {"w": jnp.asarray(g)}
@@ -371,9 +370,10 @@ def test_axes_that_do_not_fit_are_refused_at_construction(kwargs, shape, message
     rule = optim.muon.rule(**kwargs)
     with pytest.raises(ValueError, match=message):
         rule.init(jnp.ones(shape))
-    if not kwargs:  # the other errors wait for test_layouts_in_both_forms
-        with pytest.raises(ValueError, match=message):
-            optim.Muon({"w": jnp.ones(shape)}, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        optim.Muon({"w": jnp.ones(shape)}, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        optim.muon(**kwargs).init({"w": jnp.ones(shape)})
 
 
 def test_static_whole_numbers_of_a_group():

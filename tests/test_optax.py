@@ -13,6 +13,7 @@ from flax.training.train_state import TrainState
 from optimizers import OPTIMIZERS
 
 from cerebras_jax import optim, schedules
+from cerebras_jax.engine.hyper import whole_arguments
 
 PARAMS = {"a": jnp.linspace(0.5, 1.0, 6).reshape(2, 3), "b": jnp.array([1.0, -1.0])}
 GRADS = jax.tree.map(lambda p: jnp.sin(3 * p), PARAMS)
@@ -46,7 +47,7 @@ def test_chain(entry):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_inject_hyperparams(entry, dtype):
     params, grads = jax.tree.map(lambda x: x.astype(dtype), (PARAMS, GRADS))
-    whole = getattr(entry.pure, "whole_numbers", ())  # static, like flags
+    whole = whole_arguments(entry.pure.rule)  # static, like flags
     tx = optax.inject_hyperparams(entry.pure, whole)(**entry.kwargs)
     state = tx.init(params)
     assert state.hyperparams["lr"].dtype == dtype

@@ -135,6 +135,7 @@ def lift(
       same: what the caller knows of such clocks: for each leaf, the first leaf whose clock has the
         same values. Leaves with one clock have one kernel, which XLA compiles once.
     """
+    hyper = hypers.fix_whole(factory, hyper)
 
     def init(params: Params) -> RuleState:
         leaves, treedef = jax.tree.flatten(params)
@@ -286,7 +287,8 @@ def _checked_overrides(
     """The overrides that name a number of this rule; others are for other links of a chain."""
     mine = hypers.normalize({k: v for k, v in overrides.items() if k in hyper and v is not None})
     for name, value in mine.items():
-        if isinstance(hyper[name], bool | str | None) or isinstance(value, bool | str):
+        is_fixed = isinstance(hyper[name], bool | str | None | hypers.Whole)
+        if is_fixed or isinstance(value, bool | str):
             raise TypeError(f"{name} is fixed at construction: {hyper[name]!r}, got {value!r}")
     if mine:
         new = {**hyper, **mine}

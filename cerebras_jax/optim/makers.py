@@ -8,6 +8,7 @@ from typing import Any
 import optax
 
 from cerebras_jax.engine import foreign
+from cerebras_jax.engine.hyper import whole_arguments
 from cerebras_jax.engine.leaf import StateDtype
 from cerebras_jax.engine.lift import lift
 from cerebras_jax.engine.rule import Rule
@@ -28,7 +29,7 @@ class RuleMaker:
 
     def live(self, hyper: Mapping[str, Any]) -> frozenset[str]:
         """Names of the arguments whose numbers may be traced."""
-        return frozenset(hyper)
+        return frozenset(hyper) - whole_arguments(self.factory)
 
     def pair(
         self, hyper: Mapping[str, Any], state_dtype: StateDtype, same: Sequence[int] | None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from cerebras_jax.axes import EXAMPLES, check_axes
 from cerebras_jax.checks import check
 from cerebras_jax.optim.param_groups import ParamGroups, matching
-from cerebras_jax.optim.roles import Role, roles
-from cerebras_jax.optim.sources import Source, make_source
+from cerebras_jax.optim.roles import Role, roles, shapes_of
 
 _ADAM = {"use_muon": False}
 
@@ -17,19 +17,14 @@ _ADAM = {"use_muon": False}
 class MuonGroups(ParamGroups):
     """Parameter groups of Muon; printing them shows who got what."""
 
-    def __init__(self, source: Source, groups: Sequence[dict[str, Any]]):
-        super().__init__(source, groups)
-        self._sizes = {
-            n: v.size for n, v in zip(source.names, source.values, strict=True)
-        }  # not the arrays: a step reuses their buffers
-
     def __str__(self) -> str:
+        sizes = {name: math.prod(shape) for name, shape in shapes_of(self.tree).items()}
         rows = [("", "arrays", "elements", "")]
         for group in self:
             rest = {k: v for k, v in group.items() if k not in ("params", "axes", "use_muon")}
             who = "Adam" if group.get("use_muon") is False else f"Muon {group['axes']}"
             who = ", ".join([who, *(f"{k}={_short(v)}" for k, v in rest.items())])
-            total = sum(self._sizes[name] for name in group["params"])
+            total = sum(sizes[name] for name in group["params"])
             rows.append((who, f"{len(group['params'])}", f"{total:,}", " ".join(group["params"])))
         widths = [max(len(row[k]) for row in rows) for k in range(3)]
         return "\n".join(
@@ -85,16 +80,13 @@ def muon_groups(
     """
     check_axes(matrix_axes)
     rates = _rates(lr, adam_lr)
-    source = make_source(params)
+    shapes = shapes_of(params)
     given = {pattern: _values(pattern, value) for pattern, value in (overrides or {}).items()}
     for pattern in given:
-        if not matching(pattern, source.names):
-            raise ValueError(
-                f"overrides: pattern {pattern!r} matches none of {list(source.names[:8])}"
-            )
-    shapes = {n: v.shape for n, v in zip(source.names, source.values, strict=True)}
+        if not matching(pattern, [*shapes]):
+            raise ValueError(f"overrides: pattern {pattern!r} matches none of {[*shapes][:8]}")
     groups: list[dict[str, Any]] = []
-    for name, role in roles(source, matrix_axes).items():
+    for name, role in roles(params, matrix_axes).items():
         pattern = next((p for p in given if matching(p, [name])), None)
         values = _of_role(name, shapes[name], role) if pattern is None else given[pattern]
         values = {**values, **rates["use_muon" in values]}
@@ -104,7 +96,7 @@ def muon_groups(
                 break
         else:
             groups.append({"params": [name], **values})
-    return MuonGroups(source, sorted(groups, key=lambda group: "use_muon" in group))
+    return MuonGroups(params, sorted(groups, key=lambda group: "use_muon" in group))
 
 
 def _short(value: Any) -> str:

@@ -11,8 +11,7 @@ from cerebras_jax.checks import check, check_flag
 from cerebras_jax.optim.algorithms.muon import SCALES
 from cerebras_jax.optim.muon_groups import muon_groups
 from cerebras_jax.optim.param_groups import ParamGroups, matching
-from cerebras_jax.optim.roles import Role, roles
-from cerebras_jax.optim.sources import Source, make_source
+from cerebras_jax.optim.roles import Role, roles, shapes_of
 
 Shape = tuple[int, ...]
 
@@ -40,8 +39,8 @@ class MupGroups(ParamGroups):
       scales: a `Scale` for every parameter name.
     """
 
-    def __init__(self, source: Source, groups: Sequence[dict[str, Any]], scales: dict[str, Scale]):
-        super().__init__(source, groups)
+    def __init__(self, tree: Any, groups: Sequence[dict[str, Any]], scales: dict[str, Scale]):
+        super().__init__(tree, groups)
         self.scales = scales
 
     def __str__(self) -> str:
@@ -147,8 +146,8 @@ def mup(
         if value is not None:
             check(name, value, ">= 0")
     given = _groups_of(params, rule)
-    shapes, base = _shapes(given.source), _shapes(make_source(base_params))
-    delta = base if delta_params is None else _shapes(make_source(delta_params))
+    shapes, base = shapes_of(given.tree), shapes_of(base_params)
+    delta = base if delta_params is None else shapes_of(delta_params)
     _check_same(shapes, base, "base_params")
     _check_same(shapes, delta, "delta_params")
     letters_of = _letters(given, shapes, axes or {})
@@ -173,7 +172,7 @@ def mup(
             if keep_decay:
                 factors["weight_decay"] = 1 / scale.lr
             _add(groups, name, _scaled(values, factors))
-    return MupGroups(given.source, groups, {name: scales[name] for name in given.source.names})
+    return MupGroups(given.tree, groups, {name: scales[name] for name in shapes})
 
 
 def _groups_of(params: Any, rule: str) -> ParamGroups:
@@ -181,12 +180,7 @@ def _groups_of(params: Any, rule: str) -> ParamGroups:
         return params
     if rule == "muon":
         return muon_groups(params)
-    source = make_source(params)
-    return ParamGroups(source, [{"params": list(source.names)}])
-
-
-def _shapes(source: Source) -> dict[str, Shape]:
-    return {n: tuple(v.shape) for n, v in zip(source.names, source.values, strict=True)}
+    return ParamGroups(params, [{"params": [*shapes_of(params)]}])
 
 
 def _check_same(shapes: Mapping[str, Shape], base: Mapping[str, Shape], what: str) -> None:
@@ -208,7 +202,7 @@ def _letters(
         check_axes(letters)
         if not matching(pattern, [*shapes]):
             raise ValueError(f"axes: pattern {pattern!r} matches none of {[*shapes][:8]}")
-    known = roles(groups.source)
+    known = roles(groups.tree)
     result = {}
     for group in groups:
         for name in group["params"]:

@@ -1,10 +1,15 @@
 """Parameter groups by name: globs on the dotted paths of a tree."""
 
 import fnmatch
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import optax
+
+from cerebras_jax import schedules
 from cerebras_jax.optim.sources import make_source
+from cerebras_jax.transforms.grouped import grouped
 
 
 class ParamGroups(list):
@@ -22,6 +27,33 @@ class ParamGroups(list):
     def names(self) -> list[str]:
         """Dotted names of all parameters, in the order of the tree."""
         return list(make_source(self.tree)[0].names)
+
+    def transformation(self, pure: Any, **values: Any) -> optax.GradientTransformationExtraArgs:
+        """The pure form of an optimizer with these groups: an optax pair for the whole tree.
+
+        Args:
+          pure: a function from hyper-parameters to an optax pair, such as ``optim.adamw``.
+          **values: hyper-parameters of all groups. A group's own values come first, but where
+            ``lr`` is a schedule it drives all groups, times their ``adjust_learning_rate``.
+
+        >>> import jax.numpy as jnp
+        >>> from cerebras_jax import optim
+        >>> params = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
+        >>> groups = param_groups(params, [{"params": "bias", "weight_decay": 0.0}])
+        >>> tx = groups.transformation(optim.sgd, lr=1.0, weight_decay=0.5)
+        >>> grads = {"kernel": jnp.zeros(2), "bias": jnp.ones(2)}
+        >>> tx.update(grads, tx.init(params), params)[0]
+        {'bias': Array([-1., -1.], dtype=float32), 'kernel': Array([-0.5, -0.5], dtype=float32)}
+        """
+        known = inspect.signature(pure).parameters
+        pairs = []
+        for group in self:
+            own = {**values, **{k: v for k, v in group.items() if k in known}}
+            if callable(values.get("lr")):
+                factor = group.get("adjust_learning_rate", 1.0)
+                own["lr"] = values["lr"] if factor == 1 else schedules.scaled(values["lr"], factor)
+            pairs.append(pure(**own))
+        return grouped(pairs, [group["params"] for group in self])
 
 
 def param_groups(params: Any, groups: Sequence[Mapping[str, Any]]) -> ParamGroups:

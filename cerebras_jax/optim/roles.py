@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 
-from cerebras_jax.optim.sources import ModuleSource, Source
+from cerebras_jax.optim.sources import make_source
 
 OUTER_NAMES = re.compile(r".*embed.*|wte|wpe|(lm_?)?head|logits?", re.IGNORECASE)
 """Path components of embeddings and output layers."""
@@ -38,26 +38,32 @@ def has_outer_name(name: str) -> bool:
     return any(OUTER_NAMES.fullmatch(part) for part in name.split("."))
 
 
-def roles(source: Source, matrix_axes: str = "io") -> dict[str, Role]:
+def shapes_of(params: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by dotted name."""
+    source, values = make_source(params)
+    return {name: tuple(v.shape) for name, v in zip(source.names, values, strict=True)}
+
+
+def roles(params: Any, matrix_axes: str = "io") -> dict[str, Role]:
     """The role of every parameter: in a module by the types of its layers, else by name and rank.
 
     Args:
-      source: a tree of arrays or a module.
+      params: a tree of arrays or of shapes, or an nnx.Module.
       matrix_axes: letters of the arrays of rank 2 that no layer's type explains.
     """
-    layers = _layers(source)
+    layers = _layers(params)
     return {
-        name: _role(name, value.shape, layers.get(name.rpartition(".")[0]), matrix_axes)
-        for name, value in zip(source.names, source.values, strict=True)
+        name: _role(name, shape, layers.get(name.rpartition(".")[0]), matrix_axes)
+        for name, shape in shapes_of(params).items()
     }
 
 
-def _layers(source: Source) -> dict[str, nnx.Module]:
-    if not isinstance(source, ModuleSource):
+def _layers(params: Any) -> dict[str, nnx.Module]:
+    if not isinstance(params, nnx.Module):
         return {}
     return {
         ".".join(map(str, path)): node
-        for path, node in nnx.iter_graph(source.module)
+        for path, node in nnx.iter_graph(params)
         if isinstance(node, nnx.Module)
     }
 

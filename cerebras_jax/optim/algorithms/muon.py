@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.axes import EXAMPLES, Layout, check_axes
-from cerebras_jax.checks import check, check_flag, check_pair
+from cerebras_jax.checks import check, check_flag, check_pair, check_whole
 from cerebras_jax.optim.algorithms.newton_schulz import Triple, newton_schulz, steps_of
-from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.roles import has_outer_name
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, bias_correction, per_parameter
 from cerebras_jax.types import Array, Number
-from cerebras_jax.whole import check_whole, static_whole, whole_numbers
 
 SCALES: dict[str | None, Callable[[int, int], float]] = {
     None: lambda n_in, n_out: math.sqrt(max(1, n_out / n_in)),
@@ -34,7 +33,6 @@ class MuonState(NamedTuple):
     exp_avg_sq: Array | None  # second moment, like the parameter; Adam
 
 
-@whole_numbers("ns_steps", "split")
 @per_parameter
 def muon(
     lr: Number = 1e-3,
@@ -185,7 +183,7 @@ def muon(
         u = m / bias_correction(b1, t) / (jnp.sqrt(v / bias_correction(b2, t)) + adam_eps)
         return -lr_of_adam * add_weight_decay(u, decay_of_adam, p), MuonState(None, m, v)
 
-    return Rule(init, update, supports_complex=False)
+    return Rule(init, update, supports_complex=False, wide=("exp_avg_sq",))
 
 
 def _is_floating(name: Any) -> bool:
@@ -215,7 +213,3 @@ class Muon(Optimizer.of(muon, enable_global_step=True)):
                 "optim.muon_groups leaves them to Adam, use_muon=True keeps them here",
                 stacklevel=2,
             )
-
-    def _hyper(self, group: Any) -> dict[str, Any]:
-        group.update({name: static_whole(group[name]) for name in muon.whole_numbers})  # pyright: ignore
-        return super()._hyper(group)
