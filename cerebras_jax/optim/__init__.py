@@ -25,8 +25,11 @@ from cerebras_jax.optim.configure import (
 from cerebras_jax.optim.coordinate_check import CoordinateCheck, coordinate_check
 from cerebras_jax.optim.muon_groups import MuonGroups, muon_groups
 from cerebras_jax.optim.mup import MupGroups, mup
+from cerebras_jax.optim.mup_recipes import LayerGroup, mup_factors, mup_layers
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import param_groups
 from cerebras_jax.optim.shell import optimizer_of
+from cerebras_jax.transforms.agc import agc
+from cerebras_jax.transforms.cautious import cautious
 from cerebras_jax.transforms.clipping import clip
 from cerebras_jax.transforms.grouped import grouped
