@@ -25,7 +25,7 @@ FLOORS = [
     {"optim.makers", "optim.numbers", "optim.sources"},
     {"optim.entries", "optim.param_groups", "optim.program", "optim.roles"},
     {"optim.optimizer"},
-    {"optim.shell"},
+    {"optim.plateau", "optim.shell"},
     {"optim.algorithms.*", "optim.scheduler"},
     {"optim.lr_scheduler", "optim.weight_decay_scheduler"},
     {"optim.configure", "optim.coordinate_check", "optim.muon_groups", "optim.mup_recipes"},

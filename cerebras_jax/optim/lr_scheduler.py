@@ -7,7 +7,7 @@ from typing import Any, ParamSpec
 
 from cerebras_jax import schedules
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.optim.plateau import ReduceLROnPlateau
+from cerebras_jax.optim.plateau import ReduceLROnPlateau as ReduceLROnPlateau
 from cerebras_jax.optim.scheduler import (
     ChainScheduler,
     Scheduler,
