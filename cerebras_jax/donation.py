@@ -4,6 +4,7 @@ A step writes new values over old ones, which halves its time and its memory. A 
 given away is dead, so before a step every array that somebody else may still read is copied.
 """
 
+import itertools
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from cerebras_jax.checks import is_traced
+from cerebras_jax.checks import any_traced, is_traced
 
 Donate = bool | Literal["auto"]
 """Whether a step gives the old buffers away: ``"auto"``, those that nobody else holds; True, all,
@@ -66,32 +67,33 @@ class Donor:
         self._live = -1
         self._has_aliases = False
 
-    def ready(
-        self, leaves: list[Any], owners: int = 0, containers: Sequence[Any] = ()
-    ) -> list[Any]:
-        """The arrays, with copies in place of those that somebody else holds too.
+    def ready(self, *lists: list[Any], owners: Sequence[int]) -> list[list[Any]]:
+        """The arrays of each list, with copies in place of those that somebody else holds too.
 
         Args:
-          leaves: arrays, or tracers, which pass.
-          owners: how many containers are known to hold each of them, beside the list ``leaves``.
-          containers: what is known to hold some of them and is itself held in one place only,
-            beside the list ``containers``; if somebody else has it, all arrays are copied.
+          *lists: arrays, or tracers, which pass.
+          owners: for each list, how many containers are known to hold each of its arrays, beside
+            the list itself.
         """
-        if self.donate is True or not leaves or is_traced(leaves[0]):
-            return leaves
+        if self.donate is True or any_traced(x for leaves in lists for x in leaves[:1]):
+            return list(lists)
         if self.donate is False or not COUNTS_ARE_TRUSTED:
-            return [_copy(x) for x in leaves]
-        shared = [n > _IN_A_LIST + owners for n in _counts(leaves)]
-        if any(n > _IN_A_LIST + 1 for n in _counts(containers)):
-            shared = [True] * len(leaves)
-        aliased = self._aliased(leaves)
-        if not any(shared) and not aliased:
-            return leaves
-        given = [held or _pointer(x) in aliased for x, held in zip(leaves, shared, strict=True)]
-        self.copied += sum(given)
-        return [_copy(x) if held else x for x, held in zip(leaves, given, strict=True)]
+            return [[_copy(x) for x in leaves] for leaves in lists]
+        aliased = self._aliased(lists)
+        return [
+            self._unshared(leaves, _IN_A_LIST + known, aliased)
+            for leaves, known in zip(lists, owners, strict=True)
+        ]
 
-    def _aliased(self, leaves: list[Any]) -> set[int]:
+    def _unshared(self, leaves: list[Any], alone: int, aliased: set[int]) -> list[Any]:
+        counts = _counts(leaves)
+        if max(counts, default=0) <= alone and not aliased:
+            return leaves
+        held = [n > alone or _pointer(x) in aliased for x, n in zip(leaves, counts, strict=True)]
+        self.copied += sum(held)
+        return [_copy(x) if is_held else x for x, is_held in zip(leaves, held, strict=True)]
+
+    def _aliased(self, lists: Sequence[list[Any]]) -> set[int]:
         """Buffers of ours that an array uses which does not hold ours.
 
         ``jax.device_put(x, device)`` and ``x.addressable_data(0)`` make such arrays. Looking at
@@ -100,9 +102,11 @@ class Donor:
         live = jax.live_arrays()
         if len(live) <= self._live and not self._has_aliases:
             return set()
+        leaves = list(itertools.chain.from_iterable(lists))
         mine = {id(x) for x in leaves}
         pointers = {_pointer(x) for x in leaves} - {None}
-        found = {p for x in live if id(x) not in mine and (p := _pointer(x)) in pointers}
+        theirs = (_pointer(x) for x in live if id(x) not in mine)
+        found = {p for p in theirs if p is not None and p in pointers}
         self._live, self._has_aliases = len(live), bool(found)
         return found
 

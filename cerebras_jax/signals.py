@@ -1,12 +1,14 @@
 """Keeping signal handlers away from the moment in which buffers change hands."""
 
 import contextlib
+import inspect
 import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-_SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+_SIGNALS = sorted(map(int, signal.valid_signals()))
+_handler_of = inspect.unwrap(signal.getsignal)  # without making an enum of every answer
 
 
 @contextlib.contextmanager
@@ -28,7 +30,7 @@ def deferred_signals() -> Iterator[None]:
     replaced: list[tuple[int, Any]] = []
     try:
         for number in _SIGNALS:
-            handler = signal.getsignal(number)
+            handler = _handler_of(number)
             if callable(handler):
                 signal.signal(number, note)
                 replaced.append((number, handler))

@@ -67,7 +67,7 @@ class Stateful:
         jax.tree_util.register_pytree_with_keys(
             cls,
             lambda obj: _flatten_with_keys(obj),
-            lambda aux, children: _unflatten(aux, children),
+            lambda aux, children: _unflatten(aux, tuple(children)),
             lambda obj: _flatten(obj),
         )
 

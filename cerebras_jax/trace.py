@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
-from cerebras_jax.checks import is_number, is_traced
+from cerebras_jax.checks import any_traced, is_number, is_traced
 from cerebras_jax.donation import Donate, Donor
 from cerebras_jax.programs import Programs
 from cerebras_jax.signals import deferred_signals
@@ -109,7 +110,9 @@ class _Call:
     """One call: the stateful objects in the arguments, taken apart."""
 
     def __init__(self, arguments: Any):
-        leaves, self.treedef = jax.tree.flatten(arguments, is_leaf=is_reference)
+        leaves, self.treedef = jax.tree.flatten(
+            arguments, is_leaf=lambda x: _is_reference_type(type(x))
+        )
         self.objects: list[Stateful] = []
         self.modules: list[nnx.Module] = []
         self.inputs: list[Any] = []
@@ -119,7 +122,7 @@ class _Call:
             self.links.append(tuple(self._index(ref) for ref in obj.parts().refs))
 
     def _slot(self, x: Any) -> _Slot:
-        if isinstance(x, jax.Array | np.ndarray | np.bool_) or is_number(x):
+        if _is_array_type(type(x)) or is_number(x):
             self.inputs.append(x)
             return _ARRAY
         if is_reference(x):
@@ -166,9 +169,14 @@ class _Call:
         flat = [x for a in arrays for x in a]
         del arrays
         # Their homes hold each of them once: a list of the object, a variable of the module.
-        flat, state = donor.ready(flat, owners=1), donor.ready(state, owners=1)
+        flat, state = donor.ready(flat, state, owners=(1, 1))
         remaining = iter(flat)
         return [[next(remaining) for _ in range(n)] for n in counts], treedef.unflatten(state)
+
+    def held(self) -> list[Any]:
+        """The arrays that the objects and modules hold now."""
+        arrays = [obj.parts().arrays for obj in self.objects]
+        return jax.tree.leaves((arrays, nnx.state(tuple(self.modules))))
 
     def refs_of(self, i: int, modules: Sequence[nnx.Module]) -> list[Any]:
         """What object i refers to, with these modules."""
@@ -205,8 +213,8 @@ class _Program:
 
     def run(self, call: _Call, donor: Donor) -> Any:
         """Runs the step, and puts the results into the objects."""
-        was_traced = any(is_traced(x) for arrays in call.arrays for x in arrays[:1])
-        if call.objects and not was_traced and any(is_traced(x) for x in call.inputs):
+        was_traced = any_traced(x for arrays in call.arrays for x in arrays[:1])
+        if call.objects and not was_traced and any_traced(call.inputs):
             raise RuntimeError(OUTSIDE.format(name="an argument of a traced function"))
         donated = call.donated(donor)
         with deferred_signals():
@@ -214,7 +222,7 @@ class _Program:
             try:
                 arrays, changed, out = self.compiled(donated, call.numbers, call.inputs)
             except Exception as error:
-                lost = [x for x in jax.tree.leaves(donated) if not is_traced(x) and x.is_deleted()]
+                lost = [x for x in call.held() if not is_traced(x) and x.is_deleted()]
                 if lost:
                     error.add_note(
                         f"{len(lost)} arrays of the arguments were given to the failed program and "
@@ -223,7 +231,7 @@ class _Program:
                 raise
             finally:
                 self.call = None
-            if not was_traced and any(is_traced(x) for x in jax.tree.leaves((arrays, changed))):
+            if not was_traced and any_traced(jax.tree.leaves((arrays, changed))):
                 raise RuntimeError(OUTSIDE.format(name="an argument of a traced function"))
             self._write_back(call, arrays, changed)
         return out
@@ -292,6 +300,16 @@ def _borrowed(objects: Sequence[Stateful]) -> Iterator[None]:
     finally:
         for memento in before:
             memento.undo()
+
+
+@functools.cache
+def _is_array_type(kind: type) -> bool:
+    return issubclass(kind, jax.Array | np.ndarray | np.bool_ | Tracer)
+
+
+@functools.cache
+def _is_reference_type(kind: type) -> bool:
+    return issubclass(kind, Stateful | nnx.Module)
 
 
 def _index_of(x: Any, known: list[Any]) -> int:

@@ -126,16 +126,16 @@ def test_an_array_that_is_there_twice_is_given_away_once():
     x = jnp.ones(3) + 1
     leaves = [x, x]
     del x
-    first, second = Donor().ready(leaves)
+    ((first, second),) = Donor().ready(leaves, owners=(0,))
     assert first.unsafe_buffer_pointer() != second.unsafe_buffer_pointer()
 
 
 def test_nothing_is_copied_that_nobody_else_holds():
     leaves = [jnp.ones(3) + 1, jnp.ones(2) + 1]
     donor = Donor()
-    assert donor.ready(leaves) is leaves
+    assert donor.ready(leaves, owners=(0,))[0] is leaves
     kept = leaves[1]
-    mine = donor.ready(leaves)
+    (mine,) = donor.ready(leaves, owners=(0,))
     assert mine[0] is leaves[0]
     assert mine[1] is not kept
     assert donor.copied == 1

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from cerebras_jax import optim
-from cerebras_jax.optim import mup_recipes
+from cerebras_jax.optim.layer_types import layer_names, mup_factors
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "mup.json").read_text())["cases"]
 # our names and axes of torch's parameters; a readout of mup is an output layer
@@ -77,9 +77,9 @@ def test_groups_are_split_further():
     groups = optim.param_groups(params, [{"params": "*bias", "weight_decay": 0.0, "lr": 0.5}])
     got = optim.mup(groups, shapes(4), lr=0.1, axes={"query.kernel": "ioo"})
     assert [(g["params"], g["lr"], g.get("weight_decay")) for g in got] == [
-        (["mlp.bias", "query.bias"], 0.5, 0.0),
-        (["embed", "head"], 0.1, None),
-        (["mlp.kernel", "query.kernel"], 0.05, None),
+        (("mlp.bias", "query.bias"), 0.5, 0.0),
+        (("embed", "head"), 0.1, None),
+        (("mlp.kernel", "query.kernel"), 0.05, None),
     ]
     opt = optim.AdamW(got, lr=0.1)
     opt.step(params)
@@ -196,62 +196,31 @@ SECTIONS = {  # the widths of configurations from release 2.3 on, and the origin
 def test_factors_of_model_zoo_configurations(name):
     """Oracle: the original's arithmetic, by hand."""
     widths, bases, expected = SECTIONS[name]
-    assert mup_recipes.mup_factors({**widths, **bases}) == expected
-    as_text = {k: str(v) if isinstance(v, float) else v for k, v in bases.items()}
-    assert mup_recipes.mup_factors({**widths, **as_text}) == expected
+    assert mup_factors({**widths, **bases}) == expected
 
 
-def test_groups_with_equal_factors_are_one():
-    widths, bases, _ = SECTIONS["jais_30b"]  # its quotients differ in the ninth digit
-    layers = mup_recipes.mup_layers({**widths, **bases})
-    assert [*layers] == ["decoder_attention"]
-    assert set(layers["decoder_attention"].patterns) >= {
-        "*decoder*attn*dense*weight", "*decoder*ffn.ffn.[!1]*kernel", "*decoder*ffn.ffn.[1]*weight",
-        "*decoder*ffn.ffn.[1]*expert_weights",
-    }  # fmt: skip
-    only = mup_recipes.mup_layers({"hidden_size": 2, "mup_base_hidden_size": 1, "filter_size": 3,
-                                   "mup_base_filter_size": 1})  # fmt: skip
-    assert {n: g.factor for n, g in only.items()} == {
-        "decoder_attention": 0.5, "decoder_output_ffn": 1 / 3,
-    }  # fmt: skip
-
-
-def test_factors_that_are_spelt_out_win():
-    model = {"hidden_size": 512, "mup_base_hidden_size": 256}
-    with pytest.warns(UserWarning, match=r"\['decoder_attention'\] is 0.25, the widths say 0.5"):
-        layers = mup_recipes.mup_layers(model, {"decoder_attention": 0.25, "embedding": 2.0})
-    assert {n: g.factor for n, g in layers.items()} == {
-        "embedding": 2.0, "decoder_attention": 0.25, "decoder_input_ffn": 0.5,
-    }  # fmt: skip
-    assert mup_recipes.mup_layers({}, {"decoder_kernel": 0.1})["decoder_kernel"].factor == 0.1
-    assert "*embedding" in layers["embedding"].patterns
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: mup_recipes.mup_layers({}, {"lm_head": 1.0}),
-            "'lm_head' is no group of a decoder",
-        ),
-        (
-            lambda: mup_recipes.mup_factors({"mup_base_hidden_size": 256}),
-            "model.mup_base_hidden_size needs model.hidden_size",
-        ),
-        (
-            lambda: mup_recipes.mup_factors({"mup_base_hidden_size": "x", "hidden_size": 1}),
-            "model.mup_base_hidden_size must be a number, got 'x'",
-        ),
-        (
-            lambda: mup_recipes.mup_factors({"mup_base_hidden_size": 1, "hidden_size": -1}),
-            "model.hidden_size must be > 0, got -1",
-        ),
-        (lambda: mup_recipes.mup_factors({}, "vit"), "family must be one of"),
-    ],
-)
-def test_bad_sections(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_layers_of_t5():
+    """Names of the original's modules, and those of flax."""
+    torch_names = [
+        f"model.{side}.layers.0.{rest}.weight"
+        for side in ("encoder", "decoder")
+        for rest in (
+            "self_attn.proj_q_dense_layer", "self_attn.proj_output_dense_layer",
+            "ffn.ffn.0.linear_layer", "ffn.ffn.1.linear_layer",
+        )
+    ]  # fmt: skip
+    types = ("qkv_projection", "output_projection", "input_ffn", "output_ffn")
+    for k, name in enumerate(torch_names):
+        layer = f"{('encoder', 'decoder')[k // 4]}_{types[k % 4]}"
+        assert layer_names(layer, torch_names) == [name]
+    flax_names = [
+        f"{side}.layers.0.attention.{x}.kernel"
+        for side in ("encoder", "decoder")
+        for x in ("query", "out")
+    ]
+    assert layer_names("decoder_qkv_projection", flax_names) == [flax_names[2]]
+    assert layer_names("encoder_output_projection", flax_names) == [flax_names[1]]
+    assert layer_names("lm_head", ["lm_head.kernel", "embed.embedding"]) == ["lm_head.kernel"]
 
 
 # --- the coordinate check -------------------------------------------------------------------------

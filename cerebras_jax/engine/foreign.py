@@ -25,6 +25,8 @@ _PROBE = {"matrix": jax.ShapeDtypeStruct((4, 4), jnp.float32)}
 
 def name_of(factory: Factory) -> str:
     """What messages call a factory: ``optax.nadamw``."""
+    if isinstance(factory, functools.partial):  # as optax.nadamw is
+        factory = factory.func
     module = getattr(factory, "__module__", "").split(".")[0]
     return f"{module}.{getattr(factory, '__name__', repr(factory))}".lstrip(".")
 
@@ -111,20 +113,52 @@ def adopt(factory: Factory, hyper: Mapping[str, Any]) -> optax.GradientTransform
         )
         updates, new = tx.update(filled, state, params, **extra)
         if any(absent):
-            held = treedef.unflatten(absent)
-            keep = lambda new, old, held: old if held else new  # noqa: E731
-            new = optax.tree.map_params(tx, keep, new, state, held)
-            updates = jax.tree.map(lambda u, held: -jnp.zeros_like(u) if held else u, updates, held)
+            positions = treedef.unflatten(range(len(absent)))
+            mine = _owners(tx, new, positions)
+            if mine is None:
+                raise TypeError(
+                    f"{name_of(factory)} cannot hold a parameter without a gradient back: its init "
+                    "computes with the parameters; give it zeros, or its own parameter group"
+                )
+            leaves, structure = jax.tree.flatten(new)
+            before = structure.flatten_up_to(state)
+            new = structure.unflatten(
+                [
+                    old if i is not None and absent[i] else x
+                    for i, x, old in zip(mine, leaves, before, strict=True)
+                ]
+            )
+            moved = zip(treedef.flatten_up_to(updates), absent, strict=True)
+            updates = treedef.unflatten([-jnp.zeros_like(u) if held else u for u, held in moved])
         return updates, new
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
 
 
 class _Owner:
-    """Marks a leaf of a state with the parameter that it belongs to."""
+    """Marks a leaf of a state with what it belongs to."""
 
-    def __init__(self, name: str | None):
-        self.name = name
+    def __init__(self, mark: Any):
+        self.mark = mark
+
+
+def _owners(tx: Any, state: Any, marks: Any) -> list[Any] | None:
+    """For each leaf of a state the mark of the parameter it belongs to, or None if to none.
+
+    ``marks`` is a tree like the parameters. The result is None if ``tx.init`` computes with the
+    parameters, so that optax cannot tell.
+    """
+    try:
+        marked = optax.tree.map_params(
+            tx,
+            lambda _, mark: _Owner(mark),
+            state,
+            marks,
+            transform_non_params=lambda _: _Owner(None),
+        )
+    except Exception:  # whatever an init does with a placeholder
+        return None
+    return [x.mark for x in jax.tree.leaves(marked)]
 
 
 def owners(factory: Factory, hyper: Mapping[str, Any], state: Any, names: Any) -> list[str | None]:
@@ -136,16 +170,4 @@ def owners(factory: Factory, hyper: Mapping[str, Any], state: Any, names: Any) -
       state: the state, of arrays or shapes.
       names: a tree like the parameters, of their names.
     """
-    try:
-        marked = optax.tree.map_params(
-            factory(**hyper),
-            lambda _, name: _Owner(name),
-            state,
-            names,
-            transform_non_params=lambda _: _Owner(None),
-        )
-    except (
-        Exception
-    ):  # an init that computes with the parameters: then no state is known to be theirs
-        return [None] * len(jax.tree.leaves(state))
-    return [x.name for x in jax.tree.leaves(marked)]
+    return _owners(factory(**hyper), state, names) or [None] * len(jax.tree.leaves(state))

@@ -202,6 +202,7 @@ def _tick(
         filled = iter(values)
         at_step = hypers.map_schedules(lambda _: next(filled), hyper)
         now, new = factory(**at_step).tick(clock, hypers.as_number(count) + 1)
+        now = jax.tree.map(jnp.asarray, now)  # a tick may give Python numbers
         return (values, now), jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, clock)
 
     def scalars(values_and_now: Any) -> tuple:

@@ -68,7 +68,7 @@ def match_parameters(state_dict: Mapping[str, Any], ours: Sequence[Group]) -> Ma
         group_of = {
             name: i for i, group in enumerate(loaded) for name in group.get("param_names") or ()
         }
-        groups = [_group_for(i, mine, loaded, group_of) for i, mine in enumerate(ours)]
+        groups: list[Group] = [_group_for(i, mine, loaded, group_of) for i, mine in enumerate(ours)]
     else:
         by_name, groups = _by_position(loaded, ours, their_names), loaded
     extra = sorted(set(state) - set(numbers))
@@ -153,7 +153,7 @@ def _by_position(
                 f"group {i} of the state dict has {len(numbers)} parameters, ours {len(names)}"
             )
         found = theirs.get("param_names")
-        if found and set(found) == set(names):
+        if found and sorted(found) == sorted(names):
             names = list(found)
         by_name |= dict(zip(names, numbers, strict=True))
     if their_names:
@@ -204,7 +204,10 @@ def load_array(name: str, entry: Any, ours: Entry) -> dict[str, Any]:
 def _load_one(key: str, name: str, value: Any, like: Any) -> Any:
     if value is None:  # torch's momentum_buffer before the first step
         return jnp.zeros_like(like)
-    array = to_numpy(value)
+    try:
+        array = to_numpy(value)
+    except (TypeError, ValueError):  # such as lists of unequal lengths
+        array = np.array(None)
     if array.dtype == object or not (
         jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool
     ):
@@ -253,11 +256,20 @@ def plain_value(value: Any) -> Any:
     """Scalar arrays and tensors as Python numbers; functions, which no file can hold, as None."""
     if isinstance(value, list | tuple):
         return tuple(plain_value(v) for v in value)
-    if callable(value) and not hasattr(value, "shape"):
-        return value if is_plain_schedule(value) else None
-    if is_traced(value) or not hasattr(value, "shape"):
+    if not hasattr(value, "shape"):
+        return None if callable(value) and not is_plain_schedule(value) else value
+    if is_traced(value):
         return value
     return to_numpy(value).item() if tuple(value.shape) == () else value
+
+
+def with_functions(value: Any, ours: Any) -> Any:
+    """A loaded value, with our functions where it has None; see `plain_value`."""
+    if isinstance(value, list | tuple) and isinstance(ours, list | tuple):
+        if len(value) == len(ours):
+            return type(ours)(with_functions(v, o) for v, o in zip(value, ours, strict=True))
+        return value
+    return ours if value is None and callable(ours) else value
 
 
 def is_plain_schedule(value: Any) -> bool:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cerebras_jax.formats.state_dict import Entry, Group, plain_value
+from cerebras_jax.formats.state_dict import Entry, Group, plain_value, with_functions
 
 # How torch executes a step; says nothing about what is computed.
 _EXECUTION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
@@ -37,7 +37,6 @@ class Dialect(NamedTuple):
       import_entry: turns its state of one parameter into ours.
       export_entry: the inverse, on NumPy arrays.
       import_group: turns its group values into ours.
-      kept: our group values that it has not, and that say what a parameter is: they stay.
     """
 
     flags: Mapping[str, Any] = {}
@@ -47,7 +46,6 @@ class Dialect(NamedTuple):
     import_entry: Callable[[Entry, Group], Entry] = _same_entry
     export_entry: Callable[[Entry, Group], Entry] = _same_entry
     import_group: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = _same_group
-    kept: tuple[str, ...] = ()
 
 
 # --- Adafactor ------------------------------------------------------------------------------------
@@ -82,17 +80,10 @@ def _adafactor_out(entry: Entry, group: Group) -> Entry:
 
 
 def _adafactor_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    if group.get("eps", (0,))[0] is None:  # torch: the precision of the dtype, as a bound
-        group["eps"] = (defaults["eps"][0], group["eps"][1])
+    eps = group.get("eps")
+    if isinstance(eps, tuple) and eps[:1] == (None,):  # torch: the dtype's precision, as a bound
+        group["eps"] = (defaults["eps"][0], *eps[1:])
     return group
-
-
-# --- Muon -----------------------------------------------------------------------------------------
-
-
-def _muon_in(entry: Entry, group: Group) -> Entry:
-    """torch's has no step; that of a matrix is not used. See `formats.muon` for other layouts."""
-    return {"step": 0.0, **entry} if "momentum_buffer" in entry else entry
 
 
 _BOTH_POWERS = ("beta1_power", "beta2_power")
@@ -108,7 +99,6 @@ DIALECTS = {
     "adam_base": Dialect(powers=_BOTH_POWERS),
     "adamax": Dialect(powers=("beta1_power",)),
     "adamw": Dialect(flags={"decoupled_weight_decay": True}, powers=_BOTH_POWERS),
-    "muon": Dialect(import_entry=_muon_in, kept=("axes", "split", "use_muon")),
     "nadam": Dialect(flags={"decoupled_weight_decay": False}),
     "radam": Dialect(flags={"decoupled_weight_decay": False}),
     "sgd": Dialect(counts_steps=False),
@@ -158,17 +148,9 @@ def import_group(
     for key, value in renamed.items():
         if key not in defaults and key in {*_EXECUTION_FLAGS, *dialect.flags, "maximize"}:
             continue
-        value = plain_value(value)
-        mine = ours.get(key)
-        if isinstance(value, tuple) and isinstance(mine, tuple) and len(value) == len(mine):
-            value = tuple(_kept(v, m) for v, m in zip(value, mine, strict=True))
-        result[key] = _kept(value, mine)
+        result[key] = with_functions(plain_value(value), ours.get(key))
     result |= {k: ours[k] for k in dialect.kept if k in ours and k not in result}
     return dialect.import_group(result, defaults)
-
-
-def _kept(value: Any, ours: Any) -> Any:
-    return ours if value is None and callable(ours) else value
 
 
 def import_state(dialect: Dialect, entry: Entry, group: Group) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def _as_step(count: Any) -> Any:
     """A step count as checkpoints have it: float32, or float64 where that would not be exact."""
     if not isinstance(count, np.generic):
         return count.astype(jnp.float32)
-    return np.float32(count) if count <= 2**24 else np.float64(count)
+    return np.float32(count) if int(count) <= 2**24 else np.float64(count)
 
 
 def is_whole(x: Any) -> bool:

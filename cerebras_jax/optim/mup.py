@@ -131,8 +131,8 @@ def mup(
     dense.kernel       0.25        0.5          1
     embed                 1          1          1
     head                  1          1       0.25
-    >>> groups[0]
-    {'params': ['dense.kernel'], 'lr': 0.0025, 'adjust_learning_rate': 0.25}
+    >>> dict(groups[0])
+    {'params': ('dense.kernel',), 'lr': 0.0025, 'adjust_learning_rate': 0.25}
     """
     if rule not in ("adam", "sgd", "muon"):
         raise ValueError(

@@ -1,7 +1,7 @@
 """The numbers among a parameter group's values: arguments of a program, not parts of its key."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 
 from cerebras_jax.checks import is_number, is_traced
 from cerebras_jax.engine.hyper import NUMBER, is_constant_zero
-from cerebras_jax.stateful import Slot, freeze, slotted, unslotted
+from cerebras_jax.stateful import Slot, freeze, unslotted
 from cerebras_jax.types import Array
 
 LEARNING_RATES = ("lr", "learning_rate")
@@ -67,14 +67,14 @@ class Static:
         return hash(self.key)
 
 
-def join(numbers: Sequence[Any], static: tuple) -> dict[str, Any]:
+def join(numbers: Iterable[Any], static: tuple) -> dict[str, Any]:
     """The inverse of `split`."""
     remaining = iter(numbers)
 
     def value(mark: Any) -> Any:
         if mark is NUMBER:
             x = next(remaining)
-            return x if is_number(x) else slotted(x)
+            return x if is_number(x) else Slot(x)
         return mark.value if isinstance(mark, Static) else mark
 
     return {

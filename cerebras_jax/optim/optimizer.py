@@ -150,7 +150,7 @@ class Optimizer(Stateful, ABC):
         return self._the_donor().copied
 
     def _the_donor(self) -> Donor:
-        donor = self.__dict__.get("_donor")
+        donor = vars(self).get("_donor")
         if donor is None or donor.donate is not self.donate:
             donor = self._donor = Donor(self.donate)
         return donor
@@ -208,7 +208,7 @@ class Optimizer(Stateful, ABC):
             raise TypeError(f'a parameter group is a dict with the key "params", got {group!r}')
         self._add_source(group["params"], [dict(group)])
 
-    def _add_source(self, tree: Any, groups: Sequence[dict[str, Any]] | None) -> None:
+    def _add_source(self, tree: Any, groups: Sequence[Mapping[str, Any]] | None) -> None:
         """Adds a tree; without groups of names, or with one that holds the tree, as one group."""
         source, values = make_source(tree)
         known = {id(v) for v in self._values()}
@@ -230,7 +230,7 @@ class Optimizer(Stateful, ABC):
         self._trees = [*self._trees, [] if isinstance(source, ModuleSource) else values]
         self._names = (*self._names, *(prefix + name for name in names))
         self.param_groups += new_groups
-        self.__dict__.pop("_index", None)
+        vars(self).pop("_index", None)
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Hook: refuses values out of range."""
@@ -258,7 +258,7 @@ class Optimizer(Stateful, ABC):
 
     def _place(self, name: str) -> tuple[int, int]:
         """Which source a parameter is in, and where."""
-        index = self.__dict__.get("_index")
+        index = vars(self).get("_index")
         if index is None:
             places = [(s, i) for s, x in enumerate(self._sources) for i in range(len(x.names))]
             index = self._index = dict(zip(self._names, places, strict=True))
@@ -297,13 +297,17 @@ class Optimizer(Stateful, ABC):
         value, grads = self._gradients(grads_or_closure, has_aux)
         bounds = self._bounds()
         if bounds:
-            tx = clipping.clip(*(bounds.get(f"max_gradient_{k}") for k in ("norm", "value")))
-            grads, _ = tx.update(grads, tx.init(None))
+            limits = (bounds.get(f"max_gradient_{k}") for k in ("norm", "value"))
+            grads = clipping.clipped(grads, *limits)
         return value, dict(zip(self._names, grads, strict=True))
+
+    def check(self) -> None:
+        """Refuses bounds of the gradients that are out of range."""
+        clipping.check_bounds(self.max_gradient_norm, self.max_gradient_value)
 
     def _bounds(self) -> dict[str, Any]:
         """The bounds of the gradients that are set, as arguments of a step."""
-        clipping.check_bounds(self.max_gradient_norm, self.max_gradient_value)
+        Optimizer.check(self)
         names = ("max_gradient_norm", "max_gradient_value")
         given = {name: getattr(self, name) for name in names}
         return {name: as_argument(x) for name, x in given.items() if x is not None}
@@ -602,7 +606,7 @@ class Optimizer(Stateful, ABC):
         made = [make_source(tree) for tree in state["_sources"]]
         state["_sources"] = [source for source, _ in made]
         state["_trees"] = [[] if isinstance(s, ModuleSource) else values for s, values in made]
-        self.__dict__.update(state)
+        vars(self).update(state)
 
     @classmethod
     def of(cls, pure: PureOptimizer[P], enable_global_step: bool = False) -> "type[Any]":
@@ -619,7 +623,7 @@ class Optimizer(Stateful, ABC):
     # --- display -----------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        sizes = {n: v.size for n, v in self.named_parameters()}
+        sizes = {n: getattr(v, "size", 0) for n, v in self.named_parameters()}
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             total = sum(sizes[n] for n in group["params"])

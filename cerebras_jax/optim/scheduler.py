@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 from cerebras_jax import schedules
-from cerebras_jax.checks import is_traced
-from cerebras_jax.formats.state_dict import plain_value
+from cerebras_jax.checks import check, is_number, is_traced
+from cerebras_jax.formats.state_dict import plain_value, with_functions
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.stateful import OUTSIDE, Fill, Parts, Stateful, freeze
+from cerebras_jax.stateful import OUTSIDE, Fill, Memento, Parts, Stateful, freeze
 
 P = ParamSpec("P")
 
@@ -58,7 +58,7 @@ class Scheduler(Stateful, ABC):
         key of the same group.
     """
 
-    key: ClassVar[str]
+    key: str
     keys: ClassVar[tuple[str, ...]] = ()  # other names of it, for optimizers that use them
     special: ClassVar[frozenset[str]] = frozenset({"optimizer", "last_epoch", "_last_lr"})
 
@@ -78,12 +78,7 @@ class Scheduler(Stateful, ABC):
         if total_iters is not None or not hasattr(self, "total_iters"):
             self.total_iters = total_iters
         self.param_group_tags = _as_tags(param_group_tags)
-        if not self.groups():
-            found = sorted({str(t) for g in optimizer.param_groups for t in group_tags(g)})
-            raise ValueError(
-                f"param_group_tags {list(self.param_group_tags or ())} match no parameter group; "
-                f"the groups' tags are {found}"
-            )
+        self._check_tags()
         self.key = next((k for k in (self.key, *self.keys) if k in self.groups()[0]), self.key)
         if self.key not in self.groups()[0]:
             raise ValueError(f"{type(optimizer).__name__} has no {self.key!r} to schedule")
@@ -152,6 +147,14 @@ class Scheduler(Stateful, ABC):
         tags = self.param_group_tags
         return [g for g in self.optimizer.param_groups if tags is None or set(tags) & group_tags(g)]
 
+    def _check_tags(self) -> None:
+        if not self.groups():
+            tags = {str(t) for g in self.optimizer.param_groups for t in group_tags(g)}
+            raise ValueError(
+                f"param_group_tags {list(self.param_group_tags or ())} match no parameter group; "
+                f"the groups' tags are {sorted(tags)}"
+            )
+
     def _check_unclaimed(self) -> None:
         claims = claims_of(self.optimizer)
         for i, group in enumerate(self.optimizer.param_groups):
@@ -179,21 +182,59 @@ class Scheduler(Stateful, ABC):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned, and writes the value into the groups.
 
+        All or, on an error, nothing. A function, which is stored as None, stays the constructor's.
+
         Raises:
-          ValueError: if the dict lacks a key, or has one that this scheduler has not.
+          TypeError, ValueError: if the dict lacks a key, or has one that this scheduler has not,
+            or a value of another kind; if its tags match no group.
         """
-        self._load(state_dict)
-        saved = state_dict.get("_last_lr")
-        exact = isinstance(saved, list | tuple) and len(saved) == len(self.groups())
-        self.update_groups(list(saved) if exact and saved else self.get_lr())
-        self.update_last_lr()
+        with self.lock, self.optimizer.lock:
+            before = [Memento(scheduler) for scheduler in self._family()]
+            try:
+                self._load(state_dict)
+                self._check_tags()
+                values = self._loaded_values(state_dict.get("_last_lr"))
+            except Exception as error:
+                for memento in before:
+                    memento.undo()
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"state dict of {type(self).__name__}: {error}") from error
+            self.update_groups(values)
+            self.update_last_lr()
+
+    def _loaded_values(self, saved: Any) -> list[Any]:
+        """The values that were saved, exactly, if there is one for each group."""
+        computed = self.get_lr()
+        if saved is None:
+            return computed
+        if not isinstance(saved, list | tuple) or not all(is_number(x) for x in saved):
+            raise TypeError(f"_last_lr must be a list of numbers, got {saved!r}")
+        for i, value in enumerate(saved):
+            check(f"_last_lr[{i}]", value, "finite")
+        return list(saved) if len(saved) == len(computed) else computed
+
+    def _family(self) -> list[Scheduler]:
+        """All that `load_state_dict` changes: this scheduler and those that it is made of."""
+        return [self]
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
-        expected, given = set(self.state_dict()), set(state_dict)
-        _check_keys(type(self).__name__, given, expected, optional={"_last_lr"})
+        self._check_layout(state_dict)
         for key, value in state_dict.items():
             if key != "_last_lr":
-                setattr(self, key, copy.copy(value))
+                setattr(self, key, with_functions(copy.copy(value), getattr(self, key)))
+        self.param_group_tags = _as_tags(state_dict["param_group_tags"])
+
+    def _check_layout(self, state_dict: Any) -> None:
+        """Refuses what has not the keys of `state_dict`, or no step under ``"last_epoch"``."""
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"it must be a dict, got {state_dict!r}")
+        expected, given = set(self.state_dict()), set(state_dict)
+        missing, extra = sorted(expected - given - {"_last_lr"}), sorted(map(str, given - expected))
+        if missing or extra:
+            raise ValueError(f"missing {missing}, unexpected {extra}")
+        _check_whole("last_epoch", state_dict["last_epoch"], -1)
+        if state_dict["total_iters"] is not None:
+            _check_whole("total_iters", state_dict["total_iters"], 0)
 
     # --- the parts that change, for jit and trace ------------------------------------------------
 
@@ -299,7 +340,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
             for k, v in bound.arguments.items()
             if k not in ("optimizer", "param_group_tags")
         }
-        self._schedule = self._make_schedule(values)
+        self._schedule = self.make_schedule(values)
         super().__init__(
             optimizer,
             total_iters=getattr(self._schedule, "total_iters", None),
@@ -310,7 +351,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
         """The schedule's own name of an argument."""
         return next((old for old, new in self.renamed.items() if new == name), name)
 
-    def _make_schedule(self, values: dict[str, Any]) -> Any:
+    def make_schedule(self, values: dict[str, Any]) -> Any:
         """Hook: the schedule of the constructor's values."""
         return self.schedule_type(**values)
 
@@ -338,10 +379,10 @@ class ScheduleScheduler(Scheduler, Generic[P]):
         return state | {k: plain_value(v) for k, v in self._fields().items()}
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
-        _check_keys(
-            type(self).__name__, set(state_dict), set(self.state_dict()), optional={"_last_lr"}
-        )
-        values = {self._original(k): state_dict[k] for k in self._fields()}
+        self._check_layout(state_dict)
+        values = {
+            self._original(k): with_functions(state_dict[k], v) for k, v in self._fields().items()
+        }
         self._schedule = dataclasses.replace(self._schedule, **values)
         self.last_epoch = state_dict["last_epoch"]
         self.total_iters = getattr(self._schedule, "total_iters", None)
@@ -383,31 +424,25 @@ class SchedulerComposition(Scheduler):
             children.append(twin.state_dict())
         return {**state, "_schedulers": children}
 
+    def _family(self) -> list[Scheduler]:
+        return [self, *(x for child in self._schedulers for x in child._family())]
+
     def _load(self, state_dict: Mapping[str, Any]) -> None:
-        expected = set(self.state_dict())
-        _check_keys(type(self).__name__, set(state_dict), expected, optional={"_last_lr"})
+        self._check_layout(state_dict)
         children = state_dict["_schedulers"]
+        if not isinstance(children, list | tuple):
+            raise TypeError(f"_schedulers must be a list of state dicts, got {children!r}")
         if len(children) != len(self._schedulers):
-            raise ValueError(
-                f"{type(self).__name__} has {len(self._schedulers)} schedulers, the state dict "
-                f"{len(children)}"
-            )
+            raise ValueError(f"_schedulers must be {len(self._schedulers)}, got {len(children)}")
         for child, state in zip(self._schedulers, children, strict=True):
             child._load(state)
-        super()._load(
-            {k: v for k, v in state_dict.items() if k != "_schedulers"}
-            | {"_schedulers": self._schedulers}
-        )
+        super()._load({**state_dict, "_schedulers": self._schedulers})
 
     def parts(self) -> Parts:
         """See `Stateful`: of the schedulers only what they are counts, not where they are."""
         parts = super().parts()
         children = tuple(child.parts().static for child in self._schedulers)
         return parts._replace(static=(parts.static, children))
-
-    def _adopted_by(self, optimizer: Any) -> None:
-        for child in self._schedulers:
-            child._adopted_by(optimizer)
 
     def _get_closed_form_lr(self) -> Any:
         return self.schedule(self.last_epoch)
@@ -496,7 +531,17 @@ def _without_examples(documented: Any) -> str:
 def _as_tags(tags: Any) -> tuple[str | None, ...] | None:
     if tags is None:
         return None
-    return (tags,) if isinstance(tags, str) else tuple(tags)
+    tags = (tags,) if isinstance(tags, str) else tags
+    if not isinstance(tags, list | tuple) or not all(isinstance(t, str | None) for t in tags):
+        raise TypeError(f"param_group_tags must be a list of tags, got {tags!r}")
+    return tuple(tags)
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not is_number(value) or np.shape(value) != () or float(value) % 1 != 0:
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
 _CLAIMS: weakref.WeakKeyDictionary[Optimizer, dict] = weakref.WeakKeyDictionary()
@@ -505,12 +550,6 @@ _CLAIMS: weakref.WeakKeyDictionary[Optimizer, dict] = weakref.WeakKeyDictionary(
 def claims_of(optimizer: Optimizer) -> dict[tuple[int, str], Any]:
     """Which scheduler is in use for which group and key of an optimizer."""
     return _CLAIMS.setdefault(optimizer, {})
-
-
-def _check_keys(name: str, given: set[str], expected: set[str], optional: set[str]) -> None:
-    missing, extra = sorted(expected - given - optional), sorted(given - expected)
-    if missing or extra:
-        raise ValueError(f"state dict of {name}: missing {missing}, unexpected {extra}")
 
 
 def _shell_signature(cls: type[ScheduleScheduler]) -> inspect.Signature:

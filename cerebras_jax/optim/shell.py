@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cerebras_jax.checks import is_number, is_traced
+from cerebras_jax.checks import any_traced, is_number, is_traced
 from cerebras_jax.donation import Donate
 from cerebras_jax.engine.hyper import bind, needs_other_buffers, normalize, saturating_increment
 from cerebras_jax.engine.leaf import StateDtype
@@ -164,15 +164,14 @@ class ShellOptimizer(Optimizer, Generic[P]):
         absent = tuple(i for i, g in enumerate(grads) if g is None)
         bounds = self._bounds()
         program = self._program(statics, absent, tuple(bounds))
-        donor, params = self._the_donor(), self._values()
-        was_traced = self.is_traced()
-        if not was_traced and any(is_traced(g) for g in grads):
-            raise RuntimeError(OUTSIDE.format(name="the optimizer"))
-        if not was_traced and jax.default_backend() == "cpu":
-            # What failed must not take the parameters with it. Elsewhere the host runs ahead.
-            jax.block_until_ready(grads)
-        state = donor.ready(self._state)
-        params = donor.ready(params, owners=1)
+        params, was_traced = self._values(), self.is_traced()
+        if not was_traced:
+            if any_traced(grads):
+                raise RuntimeError(OUTSIDE.format(name="the optimizer"))
+            if jax.default_backend() == "cpu":
+                # What failed must not take the parameters with it. Elsewhere the host runs ahead.
+                jax.block_until_ready(grads)
+        state, params = self._the_donor().ready(self._state, params, owners=(0, 1))
         with deferred_signals():
             try:
                 state, params = program.run(state, params, grads, values, [*bounds.values()])
@@ -207,7 +206,7 @@ class ShellOptimizer(Optimizer, Generic[P]):
         if self._same is None:
             self._same = self._known_clocks()
         key = (statics, absent, clips, self._same, self.around)
-        cache = self.__dict__.setdefault("_cache", {})
+        cache = vars(self).setdefault("_cache", {})
         found = cache.get("program")
         if found is None or found[0] != key or found[1].plan.state is not self._structure:
             plan = self._plan(statics, absent, clips, self._structure)
@@ -319,7 +318,8 @@ class ShellOptimizer(Optimizer, Generic[P]):
         check_buffers(self.maker.factory, old, hyper, present)
 
     def check(self) -> None:
-        """Refuses group values edited since the last step, if they are out of range."""
+        """Refuses values edited since the last step, if they are out of range."""
+        super().check()
         self._regroup()
         self._checked_hyper()
 
@@ -343,7 +343,7 @@ class ShellOptimizer(Optimizer, Generic[P]):
         tx = transformation(plan, values, [])
         state = tx.init(plan.params.unflatten(self._values()))
         self._state, self._structure = jax.tree.flatten(state)
-        self.__dict__.pop("_cache", None)
+        vars(self).pop("_cache", None)
         self._catalogue()
 
     def _kept_state(self) -> Any:
@@ -377,12 +377,10 @@ class ShellOptimizer(Optimizer, Generic[P]):
         self._allocate(self._kept_state())
 
     def _catalogue(self) -> Catalogue:
-        cache = self.__dict__.setdefault("_cache", {})
+        cache = vars(self).setdefault("_cache", {})
         if "catalogue" not in cache:
             hyper = [self._hyper(group) for group in self.param_groups]
-            shapes = self._structure.unflatten(
-                [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in self._state]
-            )
+            shapes = self._structure.unflatten([_shape_of(x) for x in self._state])
             cache["catalogue"] = entries.catalogue(
                 shapes,
                 self._treedef(),
@@ -623,10 +621,17 @@ def _is_any_number(key: str, value: Any) -> bool:
     return is_number(value) or isinstance(value, Slot)
 
 
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a leaf; a map over an optimizer may have put anything in its place."""
+    return jax.ShapeDtypeStruct(getattr(x, "shape", ()), getattr(x, "dtype", jnp.float32))
+
+
 def _is_pending(value: Any) -> bool:
     """Whether a value could only be read by waiting for the device."""
     values = value if isinstance(value, tuple) else (value,)
-    return any(is_traced(x) or (isinstance(x, jax.Array) and not x.is_ready()) for x in values)
+    return any(
+        is_traced(x) or (isinstance(x, jax.Array) and not cast(Any, x).is_ready()) for x in values
+    )
 
 
 def _is_same(value: Any, old: Any) -> bool:

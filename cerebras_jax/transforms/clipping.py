@@ -86,6 +86,12 @@ def clip_gradients(grads: Any, factor: Array | None, max_value: Scalar | None) -
     return jax.tree.map(clip_leaf, grads)
 
 
+def clipped(grads: Any, max_norm: Scalar | None, max_value: Scalar | None) -> Any:
+    """The gradients within the bounds: of their global norm, then of every element; see `clip`."""
+    factor = None if max_norm is None else clip_factor(global_norm(grads), max_norm)
+    return clip_gradients(grads, factor, max_value)
+
+
 def check_bounds(max_norm: Any, max_value: Any) -> None:
     """Refuses bounds that are not positive numbers; None is no bound."""
     for name, bound in (("max_gradient_norm", max_norm), ("max_gradient_value", max_value)):
@@ -131,7 +137,6 @@ def clip(
     check_bounds(max_norm, max_value)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        factor = None if max_norm is None else clip_factor(global_norm(updates), max_norm)
-        return clip_gradients(updates, factor, max_value), state
+        return clipped(updates, max_norm, max_value), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -112,19 +112,20 @@ def adafactor(
         return AdafactorState(row, col, None, average)
 
     def update(g: Array, s: AdafactorState, t: Array, p: Array) -> tuple[Array, AdafactorState]:
-        b2 = 1 - t**decay_rate
+        new = t**decay_rate  # the weight of this step, 1 - b2, with all its digits
+        b2 = 1 - new
         if s.exp_avg_sq is None:
             # Two sums of the same squares, and a sum of squares of u itself, would make XLA keep
             # them in memory: hence the weight inside of a sum, and u under another shape.
-            row = b2 * s.exp_avg_sq_row + (1 - b2) * (_mean(g * g, -1) + eps[0])
-            col = b2 * s.exp_avg_sq_col + _mean((1 - b2) * g * g, -2) + (1 - b2) * eps[0]
+            row = b2 * s.exp_avg_sq_row + new * (_mean(g * g, -1) + eps[0])
+            col = b2 * s.exp_avg_sq_col + _mean(new * g * g, -2) + new * eps[0]
             row_factor = jax.lax.rsqrt(row / _mean(row, -1)[..., None])[..., None]
             col_factor = jax.lax.rsqrt(col)[..., None, :]
             u, v = g * row_factor * col_factor, None
             u_rms = _rms(g[None] * row_factor * col_factor)
         else:
             row = col = None
-            v = b2 * s.exp_avg_sq + (1 - b2) * (g * g + eps[0])
+            v = b2 * s.exp_avg_sq + new * (g * g + eps[0])
             u = g / jnp.sqrt(v)
             u_rms = _rms(u)
         rate = jnp.minimum(1e-6 * t if warmup_init else 1e-2, 1 / jnp.sqrt(t)) if lr is None else lr
@@ -147,7 +148,7 @@ def adafactor(
 def _mean(x: Array, axis: int | None) -> Array:
     """The mean; 0 of nothing."""
     n = math.prod(x.shape) if axis is None else x.shape[axis]
-    return jnp.sum(x, axis) / float(max(n, 1))
+    return jnp.sum(x, axis) / float(max(n, 1))  # an int above 2**31 is no int32
 
 
 def _rms(x: Array) -> Array:

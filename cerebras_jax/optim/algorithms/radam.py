@@ -98,10 +98,12 @@ def _rho(b2: Number, t: Array) -> Array:
     r""":math:`\rho_t` without the cancellation of its two terms, which are near 2000.
 
     With :math:`y = -\log \beta_2` and Langevin's function :math:`L(z) = \coth z - 1/z`,
-    :math:`\rho_t = t + L(y/2) - t L(t y / 2)`.
+    :math:`\rho_t = L(y/2) + t (1 - L(t y / 2))`.
     """
     y = -jnp.log(b2)
-    return t + _langevin(y / 2) - t * _langevin(t * y / 2)
+    z = t * y / 2
+    late = 2 / y - 2 * t / jnp.expm1(2 * z)  # the second term where L(z) is near 1
+    return _langevin(y / 2) + jnp.where(z < 0.5, t * (1 - _langevin(z)), late)
 
 
 def _langevin(z: Array) -> Array:

@@ -43,7 +43,7 @@ def rmsprop(
 
     Args:
       lr: learning rate :math:`\gamma` >= 0.
-      alpha: decay rate of the averages, >= 0.
+      alpha: decay rate of the averages, in [0, 1].
       eps: :math:`\epsilon` >= 0.
       weight_decay: L2 penalty :math:`\lambda` >= 0, added to the gradient.
       momentum: :math:`\mu` >= 0. A constant 0 allocates no buffer.
@@ -64,7 +64,7 @@ def rmsprop(
     Array([-1.,  1.], dtype=float32)
     """
     check("lr", lr, ">= 0")
-    check("alpha", alpha, ">= 0")
+    check("alpha", alpha, "in [0, 1]")
     check("eps", eps, ">= 0")
     check("weight_decay", weight_decay, ">= 0")
     check("momentum", momentum, ">= 0")
