@@ -62,7 +62,7 @@ class ReduceLROnPlateau:
         _check_settings(mode, factor, patience, threshold, threshold_mode, cooldown)
         check("eps", eps, ">= 0")
         groups = len(optimizer.param_groups)
-        bounds = list(min_lr) if isinstance(min_lr, list | tuple) else [min_lr] * groups
+        bounds: list[Any] = list(min_lr) if isinstance(min_lr, list | tuple) else [min_lr] * groups
         if len(bounds) != groups:
             raise ValueError(f"min_lr must be one number or {groups}, got {min_lr!r}")
         for i, bound in enumerate(bounds):
