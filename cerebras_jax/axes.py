@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cerebras_jax.messages import shown
 from cerebras_jax.types import Array
 
 EXAMPLES = (
@@ -49,7 +50,7 @@ class Layout(NamedTuple):
         if n % self.split:
             raise ValueError(
                 f"split must divide the {n} outputs of the shape {tuple(shape)} with axes "
-                f"{self.axes!r}, got {self.split}"
+                f"{self.axes!r}, got {shown(self.split)}"
             )
         stack = batch if self.split == 1 else (*batch, self.split)
         return (*stack, math.prod(inputs), n // self.split)
@@ -87,8 +88,8 @@ def check_axes(axes: object) -> None:
     ValueError: axes must have the letters i, o and b, at least one i and one o, got 'ii'
     """
     if not isinstance(axes, str):
-        raise TypeError(f"axes must be a string with one letter per axis, got {axes!r}")
+        raise TypeError(f"axes must be a string with one letter per axis, got {shown(axes)}")
     if not (set(axes) <= set("iob") and {"i", "o"} <= set(axes)):
         raise ValueError(
-            f"axes must have the letters i, o and b, at least one i and one o, got {axes!r}"
+            f"axes must have the letters i, o and b, at least one i and one o, got {shown(axes)}"
         )

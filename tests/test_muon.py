@@ -332,7 +332,7 @@ def test_a_matrix_that_looks_like_an_embedding_is_warned_of():
     [
         ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\), got 1"),
         ({"ns_steps": 100}, ValueError, "ns_steps must be a whole number from 1 to 99, got 100"),
-        ({"ns_steps": 2.5}, ValueError, "ns_steps must be a whole number from 1 to 99, got 2.5"),
+        ({"ns_steps": 2.5}, TypeError, "ns_steps must be a whole number from 1 to 99, .*got 2.5"),
         ({"ns_steps": lambda t: 5}, TypeError, "ns_steps must be a whole number .* fixed"),
         ({"split": 0}, ValueError, "split must be a whole number >= 1, got 0"),
         ({"ns_coefficients": "best"}, ValueError, "must be one of .*'classic'.*, got 'best'"),
@@ -359,7 +359,6 @@ def test_errors(kwargs, error, message):
         ({}, (3, 3, 8, 32), r"axes must say .* shape \(3, 3, 8, 32\).*'iiio'.*use_muon=False"),
         ({"split": 3}, (4, 8), r"split must divide the 8 outputs of the shape \(4, 8\).*got 3"),
         ({"use_muon": True, "axes": "bio"}, (2, 3), r"one letter per axis of the shape \(2, 3\)"),
-        ({"use_muon": True}, (3,), r"axes must say which axes of the shape \(3,\)"),
     ],
 )
 def test_axes_that_do_not_fit_are_refused_at_construction(kwargs, shape, message):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cerebras_jax.axes import EXAMPLES, Layout, check_axes
-from cerebras_jax.checks import check, check_flag
+from cerebras_jax.checks import check, check_choice, check_flag
 from cerebras_jax.optim.algorithms.muon import SCALES
 from cerebras_jax.optim.muon_groups import muon_groups
 from cerebras_jax.optim.param_groups import ParamGroups, matching
@@ -139,8 +139,8 @@ def mup(
             f"rule must be adam, sgd or muon, got {rule!r}; optimizers whose steps scale with the "
             "parameter, as Adafactor's and Lamb's, have no muP factors"
         )
-    if adjust_lr_fn not in SCALES:
-        raise ValueError(f"adjust_lr_fn must be one of {[*SCALES]}, got {adjust_lr_fn!r}")
+    if adjust_lr_fn is not None:
+        check_choice("adjust_lr_fn", adjust_lr_fn, [*filter(None, SCALES)])
     check_flag("keep_decay", keep_decay)
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
         if value is not None:

@@ -541,12 +541,16 @@ class Optimizer(Stateful, ABC):
             values = {k: v for k, v in group.items() if k != "params"}
             live = {key for j, key in self._live if j == i}
             mine, marks = group_numbers.split(
-                values, lambda key, v, live=live: group_numbers.is_live(key, v, live)
+                values, lambda key, v, live=live: self._is_live(key, v, live)
             )
             numbers += mine
             static.append((tuple(group["params"]), marks))
             self._remember_live(i, marks)
         return numbers, tuple(static)
+
+    def _is_live(self, key: str, value: Any, live: set[str]) -> bool:
+        """Hook: whether a group's number is an argument of the program."""
+        return group_numbers.is_live(key, value, live)
 
     def _remember_live(self, i: int, marks: tuple) -> None:
         """A number that was an argument once stays one, so that a zero is no new program."""

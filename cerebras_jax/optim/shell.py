@@ -199,7 +199,8 @@ class ShellOptimizer(Optimizer, Generic[P]):
         return values, tuple(statics)
 
     def _is_live(self, key: str, value: Any, live: set[str]) -> bool:
-        return key in self._live_keys and numbers.is_live(key, value, live)
+        is_static = key in self.defaults and key not in self._live_keys
+        return not is_static and super()._is_live(key, value, live)
 
     def _program(self, statics: tuple, absent: tuple[int, ...], clips: tuple[str, ...]) -> Program:
         """The compiled step; the same object as long as nothing static changes."""

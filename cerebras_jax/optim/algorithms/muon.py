@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.axes import EXAMPLES, Layout, check_axes
-from cerebras_jax.checks import check, check_flag, check_pair, check_whole
+from cerebras_jax.checks import check, check_choice, check_flag, check_pair, check_whole
+from cerebras_jax.messages import shown
 from cerebras_jax.optim.algorithms.newton_schulz import Triple, newton_schulz, steps_of
 from cerebras_jax.optim.roles import has_outer_name
 from cerebras_jax.optim.shell import Optimizer
@@ -92,7 +93,7 @@ def muon(
         those that stack matrices. None is "io", flax's layout, and for rank 2 only.
       split: the outputs hold so many matrices side by side, as in a fused query-key-value kernel.
       use_muon: None: Muon for arrays with as many axes as there are letters, or without letters
-        for those of rank >= 2; True or False: that or Adam for all.
+        for those of rank >= 2; True: for all of rank >= 2; False: Adam for all.
       adam_lr: Adam's learning rate >= 0; None: lr.
       betas: Adam's decay rates, each in [0, 1).
       adam_eps: Adam's :math:`\epsilon` >= 0.
@@ -129,8 +130,8 @@ def muon(
     check_whole("ns_steps", ns_steps, 1, 99)
     coefficients = steps_of(ns_coefficients, int(ns_steps))
     check("eps", eps, "> 0")
-    if adjust_lr_fn not in SCALES:
-        raise ValueError(f"adjust_lr_fn must be one of {[*SCALES]}, got {adjust_lr_fn!r}")
+    if adjust_lr_fn is not None:
+        check_choice("adjust_lr_fn", adjust_lr_fn, [*filter(None, SCALES)])
     if axes is not None:
         check_axes(axes)
     check_whole("split", split, 1)
@@ -143,7 +144,9 @@ def muon(
     if adam_weight_decay is not None:
         check("adam_weight_decay", adam_weight_decay, ">= 0")
     if ns_dtype is not None and not _is_floating(ns_dtype):
-        raise ValueError(f"ns_dtype must be the name of a floating point type, got {ns_dtype!r}")
+        raise ValueError(
+            f"ns_dtype must be the name of a floating point type, got {shown(ns_dtype)}"
+        )
 
     layout = Layout(axes or "io", int(split))
     b1, b2 = betas
@@ -151,9 +154,9 @@ def muon(
     decay_of_adam = weight_decay if adam_weight_decay is None else adam_weight_decay
 
     def is_muons(p: Array) -> bool:
-        if use_muon is None:
-            return p.ndim >= 2 and (axes is None or p.ndim == len(axes))
-        return bool(use_muon)
+        if use_muon is None and axes is not None:
+            return p.ndim == len(axes)
+        return not (use_muon is not None and not use_muon) and p.ndim >= 2
 
     def init(p: Array) -> MuonState:
         if not is_muons(p):

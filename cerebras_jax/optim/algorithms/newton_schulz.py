@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check
+from cerebras_jax.messages import shown
 from cerebras_jax.types import Array
 
 Triple = tuple[float | Array, float | Array, float | Array]
@@ -83,11 +84,13 @@ def steps_of(coefficients: Any, steps: int) -> tuple[Triple, ...]:
     """
     if isinstance(coefficients, str):
         if coefficients not in PRESETS:
-            raise ValueError(f"ns_coefficients must be one of {[*PRESETS]}, got {coefficients!r}")
+            raise ValueError(
+                f"ns_coefficients must be one of {[*PRESETS]}, got {shown(coefficients)}"
+            )
         triples = PRESETS[coefficients]
         return tuple(triples[min(k, len(triples) - 1)] for k in range(steps))
     if not isinstance(coefficients, tuple | list):
-        raise TypeError(f"ns_coefficients must be a name or triples, got {coefficients!r}")
+        raise TypeError(f"ns_coefficients must be a name or triples, got {shown(coefficients)}")
     if not any(isinstance(c, tuple | list) for c in coefficients):
         coefficients = [coefficients] * steps
     elif len(coefficients) != steps:
@@ -97,7 +100,7 @@ def steps_of(coefficients: Any, steps: int) -> tuple[Triple, ...]:
         )
     for k, triple in enumerate(coefficients):
         if not isinstance(triple, tuple | list) or len(triple) != 3:
-            raise ValueError(f"ns_coefficients must be triples (a, b, c), got {triple!r}")
+            raise ValueError(f"ns_coefficients must be triples (a, b, c), got {shown(triple)}")
         for number in triple:
             check(f"ns_coefficients[{k}]", number, "finite")
     return tuple((a, b, c) for a, b, c in coefficients)
