@@ -110,9 +110,7 @@ class _Call:
     """One call: the stateful objects in the arguments, taken apart."""
 
     def __init__(self, arguments: Any):
-        leaves, self.treedef = jax.tree.flatten(
-            arguments, is_leaf=lambda x: _is_reference_type(type(x))
-        )
+        leaves, self.treedef = jax.tree.flatten(arguments, is_leaf=is_reference)
         self.objects: list[Stateful] = []
         self.modules: list[nnx.Module] = []
         self.inputs: list[Any] = []
@@ -305,11 +303,6 @@ def _borrowed(objects: Sequence[Stateful]) -> Iterator[None]:
 @functools.cache
 def _is_array_type(kind: type) -> bool:
     return issubclass(kind, jax.Array | np.ndarray | np.bool_ | Tracer)
-
-
-@functools.cache
-def _is_reference_type(kind: type) -> bool:
-    return issubclass(kind, Stateful | nnx.Module)
 
 
 def _index_of(x: Any, known: list[Any]) -> int:

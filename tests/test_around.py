@@ -55,6 +55,7 @@ FACTORIES = [
     (optax.adamw, {"learning_rate": 0.1, "weight_decay": 0.01}),
     (optax.nadamw, {"learning_rate": 0.1}),
     (optax.contrib.ademamix, {"learning_rate": 0.1}),
+    (optax.adafactor, {"learning_rate": 0.1, "min_dim_size_to_factor": 2}),  # a number in Python
 ]
 
 

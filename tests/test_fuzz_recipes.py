@@ -161,7 +161,7 @@ def mutate(config: Any, rng: random.Random) -> tuple:
     path = rng.choice(list(itertools.islice(places(config), 2000)))
     parent, key = at(config, path[:-1]), path[-1]
     i = rng.randrange(len(WRONG) + len(BUILDERS))
-    wrong = WRONG[i] if i < len(WRONG) else BUILDERS[i - len(WRONG)]()
+    wrong = copy.deepcopy(WRONG[i]) if i < len(WRONG) else BUILDERS[i - len(WRONG)]()
     action = rng.choice(["replace"] * 5 + ["delete", "rename", "insert", "repeat", "wrap"])
     if action == "delete":
         del parent[key]

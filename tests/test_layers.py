@@ -27,7 +27,7 @@ FLOORS = [
     {"transforms.spikes"},
     {"transforms.accumulate", "transforms.every", "transforms.finite"},
     {"formats", "formats.state_dict"},
-    {"formats.torch", "formats.muon"},
+    {"formats.pytorch", "formats.muon"},
     {"optim.makers", "optim.numbers", "optim.sources"},
     {"optim.entries", "optim.param_groups", "optim.program", "optim.roles"},
     {"optim.optimizer"},

@@ -105,11 +105,6 @@ def is_live_number(x: Any) -> bool:
     return checks.is_number(x) and not is_constant_zero(x)
 
 
-def map_numbers(fn: Callable[[Any], Any], hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """Applies ``fn`` to every value that `is_live_number`."""
-    return jax.tree.map(lambda x: fn(x) if is_live_number(x) else x, dict(hyper), is_leaf=is_leaf)
-
-
 def map_schedules(fn: Callable[[Any], Any], hyper: Mapping[str, Any]) -> dict[str, Any]:
     """Applies ``fn`` to every schedule."""
     return jax.tree.map(lambda x: fn(x) if callable(x) else x, dict(hyper), is_leaf=is_leaf)

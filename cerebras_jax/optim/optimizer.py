@@ -34,6 +34,8 @@ from cerebras_jax.types import Array
 
 P = ParamSpec("P")
 
+_BOUNDS = ("max_gradient_norm", "max_gradient_value")
+
 
 class Optimizer(Stateful, ABC):
     """Base class of all optimizers: parameters, groups and state.
@@ -308,8 +310,7 @@ class Optimizer(Stateful, ABC):
     def _bounds(self) -> dict[str, Any]:
         """The bounds of the gradients that are set, as arguments of a step."""
         Optimizer.check(self)
-        names = ("max_gradient_norm", "max_gradient_value")
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in _BOUNDS}
         return {name: as_argument(x) for name, x in given.items() if x is not None}
 
     def _gradients(self, given: Any, has_aux: bool) -> tuple[Any, list[Any]]:
@@ -467,7 +468,7 @@ class Optimizer(Stateful, ABC):
         arrays: list[Any] = [x for values in lists for x in values]
         refs: list[Any] = [s.module for s in self._sources if not isinstance(s, TreeSource)]
         numbers, groups = self._split_groups()
-        bounds = (self.max_gradient_norm, self.max_gradient_value)
+        bounds = [getattr(self, name) for name in _BOUNDS]
         numbers += [x for x in bounds if x is not None]
         static = (
             type(self),
@@ -493,12 +494,10 @@ class Optimizer(Stateful, ABC):
             ]
         for group, mark in zip(self.param_groups, self._split_groups()[1], strict=True):
             group.update(group_numbers.join(values, mark[1]))
-        for name in ("max_gradient_norm", "max_gradient_value"):
+        for name in _BOUNDS:
             if getattr(self, name) is not None:
                 setattr(self, name, next(values))
-        fill = Fill(remaining, modules)
-        for name, value in self._rest().items():
-            setattr(self, name, fill(value))
+        self._refill(Fill(remaining, modules))
 
     def array_names(self) -> list[str]:
         """See `Stateful`."""
@@ -529,36 +528,31 @@ class Optimizer(Stateful, ABC):
         """Attributes that are hashable as they are."""
         return (self._names,)
 
-    def _rest(self) -> dict[str, Any]:
-        """The attributes that are taken apart like those of any `Stateful`."""
-        return {k: v for k, v in self._attributes().items() if k not in self.special}
-
     def _split_groups(self) -> tuple[list[Any], tuple]:
         """The groups' numbers, and a hashable value made of the rest."""
         numbers: list[Any] = []
         static = []
         for i, group in enumerate(self.param_groups):
             values = {k: v for k, v in group.items() if k != "params"}
-            live = {key for j, key in self._live if j == i}
-            mine, marks = group_numbers.split(
-                values, lambda key, v, live=live: self._is_live(key, v, live)
-            )
+            mine, marks = self._split(i, values)
             numbers += mine
             static.append((tuple(group["params"]), marks))
-            self._remember_live(i, marks)
         return numbers, tuple(static)
 
-    def _is_live(self, key: str, value: Any, live: set[str]) -> bool:
-        """Hook: whether a group's number is an argument of the program."""
-        return group_numbers.is_live(key, value, live)
+    def _split(self, i: int, values: Mapping[str, Any]) -> tuple[list[Any], tuple]:
+        """The numbers among values of group ``i``, and a hashable value made of the rest.
 
-    def _remember_live(self, i: int, marks: tuple) -> None:
-        """A number that was an argument once stays one, so that a zero is no new program."""
+        A number that was an argument once stays one, so that a zero is no new program.
+        """
+        live = {key for j, key in self._live if j == i}
+        numbers, marks = group_numbers.split(values, lambda key, v: self._is_live(key, v, live))
         for key, mark in marks:
-            if (mark is NUMBER or (isinstance(mark, tuple) and NUMBER in mark)) and (
-                (i, key) not in self._live
-            ):
+            if mark is NUMBER or (isinstance(mark, tuple) and NUMBER in mark):
                 self._live.add((i, key))
+        return numbers, marks
+
+    def _is_live(self, key: str, value: Any, live: set[str]) -> bool:
+        return group_numbers.is_live(key, value, live)
 
     def as_arguments(self, numbers: list[Any]) -> list[Any]:
         """See `Stateful`."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cerebras_jax.engine.trees import as_array, check_grads
+from cerebras_jax.engine.trees import as_array, check_grads, leaf_paths
 from cerebras_jax.optim.makers import Maker
 from cerebras_jax.optim.numbers import join
 from cerebras_jax.programs import Programs
@@ -78,9 +78,9 @@ def transformation(
     ]
     tx: Any = grouped(pairs, plan.groups)
     if plan.absent:
-        tx = without_gradients(tx, {plan.names[i] for i in plan.absent}, plan)
+        tx = _without_gradients(tx, {plan.names[i] for i in plan.absent})
     if plan.clips:
-        tx = _after_clipping(tx, dict(zip(plan.clips, bounds, strict=True)))
+        tx = _after_clipping(tx, **dict(zip(plan.clips, bounds, strict=True)))
     for wrap in reversed(plan.around):
         tx = wrap(tx)
         if isinstance(tx, optax.MultiSteps):
@@ -88,37 +88,29 @@ def transformation(
     return optax.with_extra_args_support(tx)
 
 
-def _after_clipping(tx: Any, bounds: dict[str, Any]) -> Any:
+def _after_clipping(
+    tx: Any, max_gradient_norm: Any = None, max_gradient_value: Any = None
+) -> optax.GradientTransformationExtraArgs:
     """The pair with clipped gradients; the state is the pair's own."""
-    link = clipping.clip(bounds.get("max_gradient_norm"), bounds.get("max_gradient_value"))
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        grads, _ = link.update(grads, optax.EmptyState(), params)
+        grads = clipping.clipped(grads, max_gradient_norm, max_gradient_value)
         return tx.update(grads, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)  # pyright: ignore
 
 
-def without_gradients(tx: Any, absent: set[str], plan: Plan) -> Any:
+def _without_gradients(tx: Any, absent: set[str]) -> optax.GradientTransformationExtraArgs:
     """Wrappers see zeros where there is no gradient; the groups see that there is none."""
-    names = plan.names
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        treedef = jax.tree.structure(params)
-        held = dict(zip(names, [n in absent for n in names], strict=True))
-        flags = jax.tree.leaves(_named(plan, params, held))
-        leaves = treedef.flatten_up_to(grads)
-        hidden = [None if h else g for g, h in zip(leaves, flags, strict=True)]
-        return tx.update(treedef.unflatten(hidden), state, params, **extra)
+        # Fewer leaves than there are parameters, if a wrapper masks some.
+        names, treedef = leaf_paths(params), jax.tree.structure(params)
+        leaves = zip(names, treedef.flatten_up_to(grads), strict=True)
+        hidden = treedef.unflatten([None if name in absent else g for name, g in leaves])
+        return tx.update(hidden, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)  # pyright: ignore
-
-
-def _named(plan: Plan, params: Any, values: dict[str, Any]) -> Any:
-    """The values as a tree like ``params``, which may lack parameters that a wrapper masks."""
-    full = plan.params.unflatten([values[n] for n in plan.names])
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    return jax.tree.map(lambda p, v: p if is_masked(p) else v, params, full, is_leaf=is_masked)
 
 
 def _take_step(

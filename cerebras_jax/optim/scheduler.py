@@ -251,18 +251,13 @@ class Scheduler(Stateful, ABC):
         remaining = None if refs is None else iter(refs)
         if remaining is not None:
             self.optimizer = next(remaining)
-        fill = Fill(iter(arrays), remaining)
-        for name, value in self._rest().items():
-            setattr(self, name, fill(value))
+        self._refill(Fill(iter(arrays), remaining))
 
     def as_arguments(self, numbers: list[Any]) -> list[Any]:
         """See `Stateful`."""
         epoch, *values = numbers
         epoch = epoch if isinstance(epoch, jax.Array) else np.asarray(epoch, np.int32)
         return [epoch, *map(as_argument, values)]
-
-    def _rest(self) -> dict[str, Any]:
-        return {k: v for k, v in self._attributes().items() if k not in self.special}
 
     def __repr__(self) -> str:
         epoch = plain_value(self.last_epoch)

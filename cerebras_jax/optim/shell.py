@@ -16,7 +16,7 @@ from cerebras_jax.engine.hyper import bind, needs_other_buffers, normalize, satu
 from cerebras_jax.engine.leaf import StateDtype
 from cerebras_jax.engine.lift import PureOptimizer, check_buffers
 from cerebras_jax.engine.trees import check_grads
-from cerebras_jax.formats import torch as torch_format
+from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import check_keys, load_shared
 from cerebras_jax.optim import entries, numbers
 from cerebras_jax.optim.entries import Catalogue
@@ -82,8 +82,8 @@ class ShellOptimizer(Optimizer, Generic[P]):
         "_same",
         "_checked",
         "_keys",
+        "defaults",
     }
-    special |= {"defaults"}
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -189,11 +189,7 @@ class ShellOptimizer(Optimizer, Generic[P]):
         """Per group, the numbers of a step and what is static; edited values are checked."""
         values, statics = [], []
         for i, hyper in enumerate(self._checked_hyper()):
-            live = {key for j, key in self._live if j == i}
-            mine, marks = numbers.split(
-                hyper, lambda key, v, live=live: self._is_live(key, v, live)
-            )
-            self._remember_live(i, marks)
+            mine, marks = self._split(i, hyper)
             values.append([as_argument(x) for x in mine])
             statics.append(marks)
         return values, tuple(statics)

@@ -127,7 +127,8 @@ def soap(
         is_first = t == 1
         k = jnp.maximum(t - 1, 1)
         correction = jnp.sqrt(bias_correction(b2, k)) / (1 - b1**k) if correct_bias else 1
-        is_due = jnp.mod(t - 1, precondition_frequency) == 0
+        # Not t - 1, which loses a step where t is large.
+        is_due = jnp.mod(t, precondition_frequency) == jnp.mod(1.0, precondition_frequency)
         branch = jnp.where(is_first, 0, jnp.where(is_due, 1, 2))
         return _Now(lr * correction, lr * weight_decay, is_first, branch), clock
 
