@@ -27,6 +27,7 @@ from cerebras_jax.formats.state_dict import (
 from cerebras_jax.optim import numbers as group_numbers
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.param_groups import ParamGroups, is_group_list
+from cerebras_jax.optim.selection import frozen_leaves
 from cerebras_jax.optim.sources import ModuleSource, Source, TreeSource, make_source
 from cerebras_jax.stateful import OUTSIDE, Fill, Memento, Parts, Stateful, freeze
 from cerebras_jax.transforms import clipping
@@ -84,7 +85,7 @@ class Optimizer(Stateful, ABC):
 
     Args:
       params: a pytree of arrays, an nnx.Module (updated in place), a list of dicts
-        ``{"params": tree, **values}``, or what `optim.param_groups` returns.
+        ``{"params": tree, **values}``, or what `optim.param_groups` or `optim.select` returns.
       defaults: names and values of the hyper-parameters.
       enable_global_step: count the steps of every parameter in its state ``step``.
     """
@@ -117,6 +118,7 @@ class Optimizer(Stateful, ABC):
         self._donor = Donor(donate)
         self._sources: list[Source] = []
         self._trees: list[list[Array]] = []  # the values of each source that is no module
+        self._frozen: list[list[Any]] = []  # its other leaves
         self._names: tuple[str, ...] = ()
         self._live: set[tuple[int, str]] = set()  # numbers that are arguments for good
         self._was_stepped = self._was_scheduled = False  # which came first
@@ -143,7 +145,7 @@ class Optimizer(Stateful, ABC):
         stays valid.
         """
         with self.lock:
-            trees = [s.tree(v) for s, v in zip(self._sources, self._trees, strict=True)]
+            trees = [s.tree(v) for s, v in zip(self._sources, self._leaves(), strict=True)]
         return trees[0] if self._is_one_tree() else trees
 
     @property
@@ -156,6 +158,10 @@ class Optimizer(Stateful, ABC):
         if donor is None or donor.donate is not self.donate:
             donor = self._donor = Donor(self.donate)
         return donor
+
+    def _leaves(self) -> list[list[Any]]:
+        """The leaves of each source's tree: those that are trained, then the frozen ones."""
+        return [[*mine, *rest] for mine, rest in zip(self._trees, self._frozen, strict=True)]
 
     def _is_one_tree(self) -> bool:
         return len(self._sources) == 1 and not self._structured_as_list
@@ -230,6 +236,7 @@ class Optimizer(Stateful, ABC):
             group["params"] = [prefix + name for name in group["params"]]
         self._sources = [*self._sources, source]
         self._trees = [*self._trees, [] if isinstance(source, ModuleSource) else values]
+        self._frozen = [*self._frozen, frozen_leaves(tree)]
         self._names = (*self._names, *(prefix + name for name in names))
         self.param_groups += new_groups
         vars(self).pop("_index", None)
@@ -318,7 +325,7 @@ class Optimizer(Stateful, ABC):
         if _is_closure(given):
             _check_closure(given)
             if self._is_one_tree():
-                value, given = self._sources[0].value_and_grad(given, self._trees[0], has_aux)
+                value, given = self._sources[0].value_and_grad(given, self._leaves()[0], has_aux)
             elif any(isinstance(s, ModuleSource) for s in self._sources):
                 raise TypeError("a closure over several parameter trees takes no modules")
             else:
@@ -489,8 +496,7 @@ class Optimizer(Stateful, ABC):
             target[:] = itertools.islice(remaining, len(target))
         if modules is not None:
             self._sources = [
-                s if isinstance(s, TreeSource) else ModuleSource.of(next(modules))
-                for s in self._sources
+                s if isinstance(s, TreeSource) else s.on(next(modules)) for s in self._sources
             ]
         for group, mark in zip(self.param_groups, self._split_groups()[1], strict=True):
             group.update(group_numbers.join(values, mark[1]))
@@ -597,7 +603,8 @@ class Optimizer(Stateful, ABC):
         # A PyTreeDef with custom nodes cannot be pickled, the trees that it describes can.
         with self.lock:
             state = self._attributes()
-            state["_sources"] = [s.tree(v) for s, v in zip(self._sources, self._trees, strict=True)]
+            pairs = zip(self._sources, self._leaves(), strict=True)
+            state["_sources"] = [s.given(v) for s, v in pairs]
             return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

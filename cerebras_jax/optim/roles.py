@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from cerebras_jax.optim.selection import module_of
 from cerebras_jax.optim.sources import make_source
 
 OUTER_NAMES = re.compile(r".*embed.*|wte|wpe|(lm_?)?head|logits?", re.IGNORECASE)
@@ -59,11 +60,12 @@ def roles(params: Any, matrix_axes: str = "io") -> dict[str, Role]:
 
 
 def _layers(params: Any) -> dict[str, nnx.Module]:
-    if not isinstance(params, nnx.Module):
+    module = module_of(params)
+    if module is None:
         return {}
     return {
         ".".join(map(str, path)): node
-        for path, node in nnx.iter_graph(params)
+        for path, node in nnx.iter_graph(module)
         if isinstance(node, nnx.Module)
     }
 

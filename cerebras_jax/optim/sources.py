@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from cerebras_jax.engine.trees import align, as_array, check_distinct, check_params, leaf_paths
+from cerebras_jax.optim.selection import Named, Selection
 from cerebras_jax.stateful import OUTSIDE
 from cerebras_jax.types import Array
 
@@ -30,6 +31,10 @@ class TreeSource:
         """The values in the structure that was given."""
         return self.treedef.unflatten(values)
 
+    def given(self, values: Sequence[Any]) -> Any:
+        """What the source was made of, with other values."""
+        return self.tree(values)
+
     def align(self, grads: Any) -> list[Any]:
         """Gradients in the order of `names`; None where there is none."""
         return align(self.treedef, grads, "the gradients", lambda: self.names)
@@ -41,26 +46,67 @@ class TreeSource:
         return jax.value_and_grad(closure, has_aux=has_aux)(self.tree(values))
 
 
+class PartSource(TreeSource):
+    """The structure of a pytree of which some leaves are trained.
+
+    Where it takes values of a tree, those of the frozen leaves come after the others.
+    """
+
+    def __init__(self, whole: Any, paths: Sequence[str], names: Sequence[str]):
+        self.whole, self.paths = whole, tuple(paths)
+        self.is_mine = tuple(path in set(names) for path in paths)
+        marks = whole.unflatten([0 if mine else None for mine in self.is_mine])
+        super().__init__(jax.tree.structure(marks), names)
+
+    @property
+    def key(self) -> Any:
+        return self.whole, self.is_mine
+
+    def tree(self, values: Sequence[Any]) -> Any:
+        """The whole tree."""
+        n = len(self.names)
+        mine, others = iter(values[:n]), iter(values[n:])
+        return self.whole.unflatten([next(mine if is_mine else others) for is_mine in self.is_mine])
+
+    def given(self, values: Sequence[Any]) -> Any:
+        """The selection that the source was made of, with other values."""
+        return Selection(self.tree(values), self.names)
+
+    def align(self, grads: Any) -> list[Any]:
+        """Gradients of what is trained, from a tree like the whole; the others may be None."""
+        found = align(self.whole, grads, "the gradients", lambda: self.paths)
+        return [g for g, is_mine in zip(found, self.is_mine, strict=True) if is_mine]
+
+    def value_and_grad(
+        self, closure: Callable[[Any], Any], values: Sequence[Array], has_aux: bool
+    ) -> tuple[Any, Any]:
+        """The closure's value and the gradients of what is trained."""
+        n = len(self.names)
+
+        def of_mine(mine: Sequence[Any]) -> Any:
+            return closure(self.tree([*mine, *values[n:]]))
+
+        value, grads = jax.value_and_grad(of_mine, has_aux=has_aux)(list(values[:n]))
+        return value, self.tree([*grads, *[None] * (len(self.is_mine) - n)])
+
+
 class ModuleSource:
-    """The ``nnx.Param`` variables of a module. They hold the arrays."""
+    """Variables of a module, all of ``nnx.Param`` or those of some names. They hold the arrays."""
 
-    @classmethod
-    def of(cls, module: Any) -> "ModuleSource":
-        """The source of a module, or of something that holds its place."""
-        return cls(module) if isinstance(module, nnx.Module) else cls.empty()
-
-    @classmethod
-    def empty(cls) -> "ModuleSource":
-        """A source that holds the place of one."""
-        source = object.__new__(cls)
+    def on(self, module: Any) -> "ModuleSource":
+        """The same variables of another module, or of something that holds its place."""
+        if isinstance(module, nnx.Module):
+            return ModuleSource(module, self.wrt)
+        source = object.__new__(ModuleSource)
         source.module, source.paths, source.names, source.variables = None, [], (), []
+        source.wrt = self.wrt
         return source
 
-    def __init__(self, module: nnx.Module):
-        state = nnx.state(module, nnx.Param)
+    def __init__(self, module: nnx.Module, wrt: Any = nnx.Param):
+        state = nnx.state(module, wrt)
         flat = nnx.to_flat_state(state)
-        variables = {p: v for p, v in nnx.iter_graph(module) if isinstance(v, nnx.Param)}
-        self.module = module
+        variables = {p: v for p, v in nnx.iter_graph(module) if isinstance(v, nnx.Variable)}
+        self.module, self.wrt = module, wrt
         self.paths = [path for path, _ in flat]
         self.names = tuple(".".join(map(str, path)) for path in self.paths)
         self.variables = [variables[path] for path in self.paths]
@@ -83,15 +129,22 @@ class ModuleSource:
         """The module."""
         return self.module
 
+    def given(self, values: Sequence[Any]) -> Any:
+        """What the source was made of."""
+        return Selection(self.module, self.names) if isinstance(self.wrt, Named) else self.module
+
     def align(self, grads: Any) -> list[Any]:
         """Gradients from ``nnx.grad`` (a State or a module), in the order of `names`."""
         if isinstance(grads, nnx.Module):
-            grads = nnx.state(grads, nnx.Param)
+            grads = nnx.state(grads, self.wrt)
         if not isinstance(grads, nnx.State | dict):
             raise TypeError(
                 f"the gradients of a module must be an nnx.State, found {type(grads).__name__}"
             )
         flat = dict(nnx.to_flat_state(nnx.State(grads)))
+        if isinstance(self.wrt, Named):  # gradients of frozen variables do not matter
+            frozen = {p for p, v in nnx.iter_graph(self.module) if isinstance(v, nnx.Variable)}
+            flat = {p: g for p, g in flat.items() if p in set(self.paths) or p not in frozen}
         missing = [n for n, p in zip(self.names, self.paths, strict=True) if p not in flat]
         extra = [".".join(map(str, p)) for p in flat if p not in set(self.paths)]
         if missing or extra:
@@ -106,7 +159,7 @@ class ModuleSource:
         self, closure: Callable[[Any], Any], values: Sequence[Array], has_aux: bool
     ) -> tuple[Any, Any]:
         """The closure's value and its gradients."""
-        wrt = nnx.DiffState(0, nnx.Param)
+        wrt = nnx.DiffState(0, self.wrt)
         try:
             return nnx.value_and_grad(closure, argnums=wrt, has_aux=has_aux)(self.module)
         except ValueError as error:
@@ -125,6 +178,8 @@ def make_source(tree: Any) -> tuple[Source, list[Array]]:
       TypeError: if a leaf is not a floating point or complex array.
       ValueError: if there are no parameters, or two have the same dotted name.
     """
+    if isinstance(tree, Selection):
+        return _of_selection(tree)
     if isinstance(tree, nnx.Module):
         source = ModuleSource(tree)
         leaves = source.values
@@ -136,6 +191,21 @@ def make_source(tree: Any) -> tuple[Source, list[Array]]:
     else:
         leaves, treedef = jax.tree.flatten(tree)
         source = TreeSource(treedef, leaf_paths(tree))
+    return _checked(source, leaves)
+
+
+def _of_selection(selection: Selection) -> tuple[Source, list[Array]]:
+    if isinstance(selection.tree, nnx.Module):
+        source = ModuleSource(selection.tree, Named(frozenset(selection.names)))
+        return _checked(source, source.values)
+    leaves, treedef = jax.tree.flatten(selection.tree)
+    source = PartSource(treedef, leaf_paths(selection.tree), selection.names)
+    check_distinct(source.paths)
+    mine = [x for x, is_mine in zip(leaves, source.is_mine, strict=True) if is_mine]
+    return _checked(source, mine)
+
+
+def _checked(source: Source, leaves: list[Any]) -> tuple[Source, list[Array]]:
     if not leaves:
         raise ValueError("an optimizer got an empty parameter list")
     check_distinct(source.names)
