@@ -25,6 +25,7 @@ from cerebras_jax.optim.algorithms.rmsprop import RMSprop, rmsprop
 from cerebras_jax.optim.algorithms.rprop import Rprop, rprop
 from cerebras_jax.optim.algorithms.sgd import SGD, sgd
 from cerebras_jax.optim.algorithms.soap import SOAP, soap
+from cerebras_jax.optim.classes import optimizer_of
 from cerebras_jax.optim.configure import (
     configure_lr_scheduler,
     configure_optimizer,
@@ -37,7 +38,6 @@ from cerebras_jax.optim.mup import MupGroups, mup
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups, param_groups
 from cerebras_jax.optim.selection import Selection, select
-from cerebras_jax.optim.shell import optimizer_of
 from cerebras_jax.transforms.agc import agc
 from cerebras_jax.transforms.averages import Average, average
 from cerebras_jax.transforms.cautious import cautious

@@ -13,8 +13,8 @@ from cerebras_jax.axes import EXAMPLES, Layout, check_axes
 from cerebras_jax.checks import check, check_choice, check_flag, check_pair, check_whole
 from cerebras_jax.messages import shown
 from cerebras_jax.optim.algorithms.newton_schulz import Triple, newton_schulz, steps_of
+from cerebras_jax.optim.classes import Optimizer
 from cerebras_jax.optim.roles import has_outer_name
-from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, bias_correction, per_parameter
 from cerebras_jax.types import Array, Number
 
