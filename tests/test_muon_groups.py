@@ -1,5 +1,6 @@
 """Who is Muon's and who is Adam's, by layer type, by name, and by what the user says."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
+import cerebras_jax
 from cerebras_jax import optim, schedules
 
 
@@ -35,8 +37,16 @@ class Network(nnx.Module):
         self.lm_head = nnx.Linear(16, 50, use_bias=False, rngs=rngs)
 
 
+def network():
+    """A network of halves: random ones would take long to make."""
+    model = nnx.eval_shape(lambda: Network(nnx.Rngs(0)))
+    fill = lambda x: jnp.asarray(np.full(x.shape, 0.5, x.dtype))  # noqa: E731
+    nnx.update(model, jax.tree.map(fill, nnx.state(model, nnx.Param)))
+    return model
+
+
 def test_a_module_is_known_by_its_layers():
-    got = who(optim.muon_groups(Network(nnx.Rngs(0))))
+    got = who(optim.muon_groups(nnx.eval_shape(lambda: Network(nnx.Rngs(0)))))
     adams = {name for name, value in got.items() if value == "adam"}
     assert {n for n in got if n.endswith(("bias", "scale"))} <= adams
     assert {n for n in adams if not n.endswith(("bias", "scale"))} == {
@@ -76,12 +86,9 @@ def test_layers_stacked_by_vmap():
 
 
 def test_every_layer_of_a_network_takes_a_step():
-    model = Network(nnx.Rngs(0))
-    opt = optim.Muon(optim.muon_groups(model, lr=0.02, adam_lr=1e-3), ns_steps=1)
-    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
-    opt.step(jax.tree.map(jnp.ones_like, before))
-    moved = jax.tree.map(lambda a, b: bool((a != b).all()), before, nnx.state(model, nnx.Param))
-    assert jax.tree.all(moved)
+    opt = optim.Muon(optim.muon_groups(network(), lr=0.02, adam_lr=1e-3), ns_steps=1)
+    opt.step(nnx.state(network(), nnx.Param))
+    assert all((np.asarray(p) != 0.5).all() for _, p in opt.named_parameters())
 
 
 TREE = {
@@ -156,3 +163,38 @@ def test_one_schedule_drives_both_rates_in_both_forms():
     np.testing.assert_allclose(params["b"], opt.params["b"], rtol=1e-6)
     np.testing.assert_allclose(params["b"], -0.01 - 0.009 - 0.008, rtol=1e-5)
     np.testing.assert_allclose(params["w"], np.eye(3) * (1 - 0.27), rtol=1e-5)
+
+
+def test_a_recipe():
+    """Oracle: what the recipe says, by hand, with optim.muon_groups' choice of the matrices."""
+    section = {
+        "Muon": {"lr": 0.01, "weight_decay": 0.2, "momentum": 0.9, "nesterov": False, "ns_steps": 3}
+    }
+    params = {k: v for k, v in TREE["block"].items() if k != "conv"} | {"wte": TREE["wte"]}
+    with pytest.warns(UserWarning, match="Muon keeps its momentum, and does not scale"):
+        recipe = cerebras_jax.load_recipe({"trainer": {"init": {"optimizer": section}}})
+    by_hand = optim.Muon(
+        optim.param_groups(
+            params,
+            [
+                {"params": "qkv.kernel", "axes": "io"},
+                {"params": "wte", "use_muon": False},
+                {"params": "*", "use_muon": False, "weight_decay": 0.0},
+            ],
+        ),
+        adjust_lr_fn="match_rms_adamw",
+        **section["Muon"],
+    )
+    opt, schedulers = recipe.optimizer(params)
+    tx = recipe.transformation(params)
+    assert schedulers == []
+    grads = jax.tree.map(lambda x: jnp.asarray(np.arange(x.size).reshape(x.shape) - 3.0), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    by_hand.step(grads)
+    opt.step(grads)
+    for got in (opt.params, optax.apply_updates(params, updates)):
+        chex.assert_trees_all_close(got, by_hand.params, rtol=1e-5)
+    given = {"optimizer_type": "muon", "lr": 0.1, "params": {"params": "*conv*", "axes": "iio"}}
+    with pytest.warns(UserWarning, match="Muon keeps"):
+        recipe = cerebras_jax.load_recipe(given)
+    assert "momentum_buffer" in recipe.optimizer(TREE)[0].state["block.conv.kernel"]

@@ -88,7 +88,13 @@ def muon_groups(
     groups: list[dict[str, Any]] = []
     for name, role in roles(params, matrix_axes).items():
         pattern = next((p for p in given if matching(p, [name])), None)
-        values = _of_role(name, shapes[name], role) if pattern is None else given[pattern]
+        if pattern is None and role.kind == "unknown":
+            raise ValueError(
+                f"overrides must say which axes of {name!r}, of shape {shapes[name]}, are reduced "
+                f"(i), outputs (o) or stacked (b), for example {EXAMPLES}; or None, to leave it "
+                "to Adam"
+            )
+        values = _of_role(role) if pattern is None else given[pattern]
         values = {**values, **rates["use_muon" in values]}
         for group in groups:
             if {k: v for k, v in group.items() if k != "params"} == values:
@@ -97,6 +103,16 @@ def muon_groups(
         else:
             groups.append({"params": [name], **values})
     return MuonGroups(params, sorted(groups, key=lambda group: "use_muon" in group))
+
+
+def muon_values(params: Any) -> dict[str, dict[str, Any]]:
+    """What `muon_groups` gives each parameter, by name; nothing, if its axes are not known.
+
+    >>> import jax.numpy as jnp
+    >>> muon_values({"wte": jnp.ones((50, 8)), "mlp": {"kernel": jnp.ones((8, 8))}})
+    {'mlp.kernel': {'axes': 'io'}, 'wte': {'use_muon': False}}
+    """
+    return {name: _of_role(role) for name, role in roles(params).items()}
 
 
 def _short(value: Any) -> str:
@@ -131,12 +147,9 @@ def _values(pattern: str, value: Any) -> dict[str, Any]:
     return values
 
 
-def _of_role(name: str, shape: tuple[int, ...], role: Role) -> dict[str, Any]:
+def _of_role(role: Role) -> dict[str, Any]:
     if role.kind == "unknown":
-        raise ValueError(
-            f"overrides must say which axes of {name!r}, of shape {shape}, are reduced (i), "
-            f"outputs (o) or stacked (b), for example {EXAMPLES}; or None, to leave it to Adam"
-        )
+        return {}
     if role.kind != "hidden":
         return dict(_ADAM)
     return {"axes": role.axes, **({"split": role.split} if role.split > 1 else {})}
