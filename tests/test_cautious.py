@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from cerebras_jax import optim
-from cerebras_jax.transforms.cautious import cautious
+from cerebras_jax import optim, schedules
+from cerebras_jax.transforms.cautious import cautious, cautious_decay
 
 RNG = np.random.default_rng(0)
 PARAMS = {"a": jnp.asarray(RNG.normal(size=(4, 5)), jnp.float32), "b": jnp.ones(3)}
@@ -34,18 +34,19 @@ def lion_in_numpy(decay, lr=0.1, weight_decay=0.2, b1=0.9, b2=0.99):
             g = np.asarray(grads[name], np.float64)
             d = np.sign(b1 * m + (1 - b1) * g)
             m = b2 * m + (1 - b2) * g
-            mask = d * g > 0
-            decayed = p * ((d * p > 0) if decay == "cautious" else 1)
+            mask = d * g > 0 if decay != "cautious decay" else np.ones_like(p)
+            decayed = p * ((d * p > 0) if decay != "kept" else 1)
             p = p - lr * d * mask / max(mask.mean(), 1e-3) - lr * weight_decay * decayed
         result[name] = p
     return result
 
 
-@pytest.mark.parametrize("decay", ["kept", "cautious"])
+@pytest.mark.parametrize("decay", ["kept", "cautious", "cautious decay"])
 def test_lion_as_in_the_papers(decay):
-    got = run(cautious(optim.lion(lr=0.1, weight_decay=0.2), decay))
+    wrap = cautious_decay if decay == "cautious decay" else lambda tx: cautious(tx, decay)
+    got = run(wrap(optim.lion(lr=0.1, weight_decay=0.2)))
     expected = lion_in_numpy(decay)
-    opt = optim.Lion(PARAMS, lr=0.1, weight_decay=0.2, around=[lambda tx: cautious(tx, decay)])
+    opt = optim.Lion(PARAMS, lr=0.1, weight_decay=0.2, around=[wrap])
     for g in GRADS:
         opt.step(g)
     for name in PARAMS:
@@ -69,7 +70,7 @@ def test_any_optax_pair():
         tx = cautious(optax.sgd(0.1))
         got, _ = tx.update(g, tx.init(PARAMS), PARAMS)
         np.testing.assert_allclose(got["a"], -0.1 * g["a"], rtol=1e-6)
-    with pytest.raises(ValueError, match="needs an update that takes weight_decay"):
+    with pytest.raises(ValueError, match="update takes weight_decay as a keyword"):
         cautious(optax.GradientTransformation(lambda p: (), lambda g, s, p: (g, s)), "kept")
     with pytest.raises(ValueError, match="decay must be one of .*, got 'none'"):
         cautious(optax.sgd(0.1), "none")
@@ -97,3 +98,17 @@ def test_a_new_number_is_no_new_program(compilations):
     with compilations(0):
         opt.param_groups[0]["weight_decay"] = 0.3
         opt.step(GRADS[1])
+
+
+def test_a_decay_that_does_not_follow_the_learning_rate():
+    """Closed form: without gradients, (1 - 0.01)^t for any rates; and none where the rate is 0."""
+    lr = schedules.warmup(schedules.cosine_decay(0.3, 0.1, 20), 4)
+    decay = 0.01 / lr.clip(lower=1e-6)
+    zeros = [jax.tree.map(jnp.zeros_like, PARAMS)] * 5
+    got = run(optim.adamw(lr=lr, weight_decay=decay), grads=zeros)
+    opt = optim.AdamW(PARAMS, lr=lr, weight_decay=decay)
+    for g in zeros:
+        opt.step(g)
+    for name, start in PARAMS.items():
+        np.testing.assert_allclose(got[name], start * 0.99**4, rtol=1e-6)
+        np.testing.assert_allclose(opt.params[name], start * 0.99**4, rtol=1e-6)

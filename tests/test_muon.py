@@ -371,6 +371,18 @@ def test_axes_that_do_not_fit_are_refused_at_construction(kwargs, shape, message
         optim.muon(**kwargs).init({"w": jnp.ones(shape)})
 
 
+def test_a_learning_rate_of_zero_in_one_group():
+    """Each group needs the states of its own members only."""
+    params = {"w": jnp.ones((4, 3)), "embed": jnp.ones((4, 3))}
+    opt = optim.Muon(optim.muon_groups(params), lr=0.1, weight_decay=0.0)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    opt.step(params)
+    np.testing.assert_array_equal(opt.params["w"], 1)
+    np.testing.assert_array_equal(opt.params["embed"], 1)
+    opt.load_state_dict(opt.state_dict())
+
+
 def test_static_whole_numbers_of_a_group():
     params = {"w": jnp.asarray(normal(4, 6))}
     opt = optim.Muon(params, lr=0.1, weight_decay=0.0, split=2)

@@ -40,6 +40,6 @@ from cerebras_jax.optim.param_groups import ParamGroups, param_groups
 from cerebras_jax.optim.selection import Selection, select
 from cerebras_jax.transforms.agc import agc
 from cerebras_jax.transforms.averages import Average, average
-from cerebras_jax.transforms.cautious import cautious
+from cerebras_jax.transforms.cautious import cautious, cautious_decay
 from cerebras_jax.transforms.clipping import clip
 from cerebras_jax.transforms.grouped import grouped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,26 +50,66 @@ def cautious(
     """
     if decay not in DECAYS:
         raise ValueError(f"decay must be one of {[*DECAYS]}, got {decay!r}")
-    if decay != "masked" and not isinstance(inner, optax.GradientTransformationExtraArgs):
-        raise ValueError(f"decay={decay!r} needs an update that takes weight_decay as a keyword")
+    if decay != "masked":
+        keep = _where_it_agrees if decay == "cautious" else lambda u, decayed, p: decayed
+        return _with_decay(inner, lambda u, d, g, p: _cautious_step(u, g) + keep(u, d, p))
     extended = optax.with_extra_args_support(inner)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        grads = updates
-        whole, new_state = extended.update(grads, state, params, **extra)
-        if decay == "masked":
-            return _map(_cautious_step, whole, grads), new_state
-        steps, _ = extended.update(grads, state, params, **{**extra, "weight_decay": 0.0})
-
-        def combine(u: Array, g: Array, all_of_it: Array, p: Array) -> Array:
-            decayed = all_of_it - u
-            if decay == "cautious":
-                decayed = jnp.where(_is_opposite(u, p), decayed, 0)
-            return _cautious_step(u, g) + decayed
-
-        return _map(combine, steps, grads, whole, params), new_state
+        whole, new_state = extended.update(updates, state, params, **extra)
+        return _map(_cautious_step, whole, updates), new_state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def cautious_decay(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Decays a weight only where the step makes it smaller too; the step itself stays.
+
+    .. math::
+
+        p \leftarrow p + u - \gamma \lambda \, [u p < 0] \, p
+
+    u is the step without decay. The state is inner's own. Where a gradient is None, nothing moves.
+
+    Args:
+      inner: an optax pair with decoupled weight decay, whose update takes ``weight_decay`` as a
+        keyword, as those of this package do.
+
+    Raises:
+      ValueError: if inner takes no keywords.
+
+    References:
+      Chen et al., Cautious Weight Decay, https://arxiv.org/abs/2510.12402
+
+    >>> from cerebras_jax import optim
+    >>> tx = cautious_decay(optim.lion(lr=1.0, weight_decay=0.5))
+    >>> params = jnp.array([2.0, -2.0])
+    >>> tx.update(jnp.ones(2), tx.init(params), params)[0]
+    Array([-2., -1.], dtype=float32)
+    """
+    return _with_decay(inner, lambda u, decayed, g, p: u + _where_it_agrees(u, decayed, p))
+
+
+def _with_decay(
+    inner: optax.GradientTransformation, combine: Callable[[Array, Array, Array, Array], Array]
+) -> optax.GradientTransformationExtraArgs:
+    """Makes updates of step, decay, gradient and parameter; a decay of 0 takes the decay away."""
+    if not isinstance(inner, optax.GradientTransformationExtraArgs):
+        raise ValueError("inner must be a pair whose update takes weight_decay as a keyword")
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        whole, new_state = inner.update(updates, state, params, **extra)
+        steps, _ = inner.update(updates, state, params, **{**extra, "weight_decay": 0.0})
+        result = _map(lambda u, g, v, p: combine(u, v - u, g, p), steps, updates, whole, params)
+        return result, new_state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _where_it_agrees(u: Array, decayed: Array, p: Array) -> Array:
+    return jnp.where(_is_opposite(u, p), decayed, 0)
 
 
 def _map(fn: Any, updates: Any, grads: Any, *rest: Any) -> Any:
