@@ -286,6 +286,44 @@ def test_sharded_equals_unsharded(axes, spec):
     assert sharded.params["w"].sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        ("bio", (8, 16, 32), PartitionSpec(None, None, "x")),
+        ("bio", (6, 16, 32), PartitionSpec(None, "x")),  # 6 matrices on 8 devices
+        ("io", (16, 32), PartitionSpec("x")),
+    ],
+)
+def test_whole_matrices_on_a_device_need_no_communication(axes, shape, spec):
+    """The compiled programs: sharded matrices add up in every product, whole ones do not."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    w, g = jnp.asarray(normal(*shape)), jnp.asarray(normal(*shape))
+    expected = None
+    counts = []
+    for shard_stack in (None, "x"):
+        tx = optim.muon(lr=0.1, axes=axes, shard_stack=shard_stack)
+        with jax.set_mesh(mesh):
+            params, grads = jax.device_put((w, g), NamedSharding(mesh, spec))
+            state = tx.init(params)
+            program = jax.jit(tx.update).lower(grads, state, params).compile()
+            updates, _ = program(grads, state, params)
+        text = program.as_text()
+        counts.append(
+            [text.count(f" {kind}(") for kind in ("all-reduce", "all-gather", "all-to-all")]
+        )
+        expected = updates if expected is None else expected
+        np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-6)
+    assert sum(counts[0]) > 5
+    assert counts[1][0] == 0
+    assert sum(counts[1]) <= 4  # there and back, for gradient, state and parameter
+    opt = optim.Muon(w, lr=0.1, axes=axes, shard_stack="x")
+    with jax.set_mesh(mesh):
+        opt.step(g)
+    np.testing.assert_allclose(opt.params, w + expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"axes of the mesh .* got \('x',\), the mesh has \(\)"):
+        opt.step(g)
+
+
 # --- who is whose ---------------------------------------------------------------------------------
 
 
@@ -334,6 +372,7 @@ def test_a_matrix_that_looks_like_an_embedding_is_warned_of():
         ({"ns_steps": 100}, ValueError, "ns_steps must be a whole number from 1 to 99, got 100"),
         ({"ns_steps": 2.5}, TypeError, "ns_steps must be a whole number from 1 to 99, .*got 2.5"),
         ({"ns_steps": lambda t: 5}, TypeError, "ns_steps must be a whole number .* fixed"),
+        ({"shard_stack": 3}, TypeError, "shard_stack must be names of mesh axes, got 3"),
         ({"split": 0}, ValueError, "split must be a whole number >= 1, got 0"),
         ({"ns_coefficients": "best"}, ValueError, "must be one of .*'classic'.*, got 'best'"),
         ({"ns_coefficients": (1.0, 2.0)}, ValueError, r"triples \(a, b, c\), got \(1.0, 2.0\)"),

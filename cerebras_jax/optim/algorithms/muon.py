@@ -12,7 +12,12 @@ import jax.numpy as jnp
 from cerebras_jax.axes import EXAMPLES, Layout, check_axes
 from cerebras_jax.checks import check, check_choice, check_flag, check_pair, check_whole
 from cerebras_jax.messages import shown
-from cerebras_jax.optim.algorithms.newton_schulz import Triple, newton_schulz, steps_of
+from cerebras_jax.optim.algorithms.newton_schulz import (
+    Triple,
+    newton_schulz,
+    on_whole_matrices,
+    steps_of,
+)
 from cerebras_jax.optim.classes import Optimizer
 from cerebras_jax.optim.roles import has_outer_name
 from cerebras_jax.rule import Rule, add_weight_decay, bias_correction, per_parameter
@@ -52,6 +57,7 @@ def muon(
     adam_eps: Number = 1e-8,
     adam_weight_decay: Number | None = None,
     ns_dtype: str | None = None,
+    shard_stack: str | tuple[str, ...] | None = None,
 ) -> Rule:
     r"""Muon: steps along the orthogonal matrix nearest to the momentum; Adam where there is none.
 
@@ -100,6 +106,9 @@ def muon(
       adam_weight_decay: Adam's decoupled decay >= 0; None: weight_decay.
       ns_dtype: a type such as "bfloat16" for the factors of the products, which are summed in
         float32; None: float32, in JAX's default matmul precision.
+      shard_stack: axes of the mesh that ``jax.set_mesh`` has set: stacked matrices are dealt out
+        along them, whole, and a single one is gathered, once, in place of communication in
+        every product. None: as XLA decides.
 
     ``ns_steps`` and ``split`` are whole numbers that decide the program: static, like flags.
 
@@ -148,10 +157,19 @@ def muon(
             f"ns_dtype must be the name of a floating point type, got {shown(ns_dtype)}"
         )
 
+    names = (shard_stack,) if isinstance(shard_stack, str) else shard_stack
+    if names is not None and not (
+        isinstance(names, tuple) and names and all(isinstance(name, str) for name in names)
+    ):
+        raise TypeError(f"shard_stack must be names of mesh axes, got {shown(shard_stack)}")
+
     layout = Layout(axes or "io", int(split))
     b1, b2 = betas
     lr_of_adam = lr if adam_lr is None else adam_lr
     decay_of_adam = weight_decay if adam_weight_decay is None else adam_weight_decay
+
+    def orthogonal(d: Array) -> Array:
+        return newton_schulz(d, coefficients, ns_dtype)
 
     def is_muons(p: Array) -> bool:
         if use_muon is None and axes is not None:
@@ -176,7 +194,8 @@ def muon(
         d = momentum * m + (1 - momentum) * g if nesterov else m
         d = layout.to_matrices(d)
         n_in, n_out = (max(n, 1) for n in d.shape[-2:])
-        o = SCALES[adjust_lr_fn](n_in, n_out) * newton_schulz(d, coefficients, ns_dtype)
+        o = orthogonal(d) if shard_stack is None else on_whole_matrices(orthogonal, d, shard_stack)
+        o = SCALES[adjust_lr_fn](n_in, n_out) * o
         u = layout.from_matrices(o, p.shape)
         return -lr * add_weight_decay(u, weight_decay, p), MuonState(m, None, None)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from cerebras_jax.checks import check
 from cerebras_jax.messages import shown
@@ -30,6 +33,36 @@ PRESETS: dict[str, tuple[Triple, ...]] = {
     # Converges to 1, from 0.001 in 14 steps: p(1) = 1, p'(1) = p''(1) = 0.
     "classic": ((15 / 8, -5 / 4, 3 / 8),),
 }
+
+
+def on_whole_matrices(
+    fn: Callable[[Array], Array], x: Array, mesh_axes: str | tuple[str, ...]
+) -> Array:
+    """Applies ``fn`` where every matrix is on one device, so that it communicates nothing.
+
+    Matrices that are stacked are dealt out along axes of the mesh that `jax.set_mesh` set, in one
+    exchange; a single matrix is gathered on all devices.
+
+    Args:
+      fn: a function of matrices in the last two axes, which keeps their shape.
+      x: the matrices.
+      mesh_axes: names of mesh axes.
+
+    Raises:
+      ValueError: if no mesh is set, or it lacks an axis.
+    """
+    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(names) <= set(mesh.axis_names):
+        raise ValueError(
+            f"shard_stack must be axes of the mesh that jax.set_mesh has set, got {names}, the "
+            f"mesh has {mesh.axis_names}"
+        )
+    count = math.prod(x.shape[:-2])
+    stack = x.reshape(count, *x.shape[-2:])
+    spec = PartitionSpec(names if count > 1 else None, None, None)
+    whole = jax.lax.with_sharding_constraint(stack, spec)
+    return jax.lax.with_sharding_constraint(fn(whole), spec).reshape(x.shape)
 
 
 def newton_schulz(x: Array, coefficients: Sequence[Triple], dtype: Any = None) -> Array:
