@@ -28,7 +28,7 @@ FLOORS = [
     {"transforms.accumulate", "transforms.every", "transforms.finite"},
     {"formats", "formats.state_dict"},
     {"formats.pytorch", "formats.muon"},
-    {"optim.makers", "optim.numbers", "optim.selection"},
+    {"optim.makers", "optim.numbers", "optim.selection", "optim.qk_clip"},
     {"optim.sources"},
     {"optim.entries", "optim.param_groups", "optim.program", "optim.roles"},
     {"optim.owner", "optim.clocks", "optim.signatures"},

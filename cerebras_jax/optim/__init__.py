@@ -37,6 +37,7 @@ from cerebras_jax.optim.muon_groups import MuonGroups, muon_groups
 from cerebras_jax.optim.mup import MupGroups, mup
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups, param_groups
+from cerebras_jax.optim.qk_clip import qk_clip
 from cerebras_jax.optim.selection import Selection, select
 from cerebras_jax.transforms.agc import agc
 from cerebras_jax.transforms.averages import Average, average
