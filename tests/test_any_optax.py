@@ -47,6 +47,13 @@ NO_OPTIMIZERS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_fast():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def is_alias(value):
     module = getattr(getattr(value, "func", value), "__module__", "")
     return callable(value) and module == "optax._src.alias" and not inspect.isclass(value)
