@@ -160,6 +160,7 @@ def test_names_in_a_module():
         (lambda path, x: 1, TypeError, "wrt: a predicate must return a bool, got 1"),
         (3, TypeError, "wrt must be glob patterns or predicates .*, got 3"),
         ([], TypeError, "wrt must be glob patterns or predicates"),
+        (nnx.LoRAParam, TypeError, "wrt must be glob patterns or predicates"),  # of a tree
         ("count", TypeError, "parameter 'count' must be a floating point"),
     ],
 )
@@ -170,6 +171,19 @@ def test_errors(wrt, error, message):
         model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match="wrt selects none of the parameters"):
             optim.select(model, nnx.LoRAParam)
+        with pytest.raises(TypeError, match="select takes a tree or module"):
+            optim.select(optim.select(PARAMS, "head"), "head")
+
+
+def test_wrappers_see_what_is_trained():
+    """Oracle: the mean of two steps' gradients, which are those of the head alone."""
+    chosen = optim.select(PARAMS, "head")
+    opt = optim.SGD(chosen, lr=0.1, around=[lambda tx: optax.MultiSteps(tx, 2)])
+    for x in (X, 2 * X):
+        opt.step(lambda params, x=x: loss_fn(params, x))
+    heads = [jax.grad(lambda h, x=x: loss_fn({**PARAMS, "head": h}, x)) for x in (X, 2 * X)]
+    slope = sum(grad(PARAMS["head"]) for grad in heads)
+    np.testing.assert_allclose(opt.params["head"], PARAMS["head"] - 0.1 * slope / 2, rtol=1e-6)
 
 
 def test_predicates_and_an_order_in_groups():

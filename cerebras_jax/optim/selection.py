@@ -47,7 +47,7 @@ def select(params: Any, wrt: Any) -> Selection:
         ``nnx.LoRAParam``, or an nnx filter made of such.
 
     Raises:
-      TypeError: if wrt is none of these.
+      TypeError: if wrt is none of these, or params are a selection already.
       ValueError: if a glob matches nothing, or nothing is selected.
 
     >>> import jax.numpy as jnp
@@ -59,6 +59,8 @@ def select(params: Any, wrt: Any) -> Selection:
     >>> opt.params
     {'body': Array([1., 1.], dtype=float32), 'head': {'kernel': Array([0.5, 0.5], dtype=float32)}}
     """
+    if isinstance(params, Selection):
+        raise TypeError("select takes a tree or module, got what it returned; give it one filter")
     if isinstance(params, nnx.Module):
         is_nnx = isinstance(wrt, type) or type(wrt).__module__ == nnx.filterlib.__name__
         flat = nnx.to_flat_state(nnx.state(params, wrt if is_nnx else nnx.Param))
@@ -85,7 +87,9 @@ def taken(what: str, filters: Any, named: Sequence[tuple[str, Any]]) -> list[str
       ValueError: if a filter takes nothing.
     """
     many = filters if isinstance(filters, list | tuple) else [filters]
-    if not many or not all(isinstance(f, str) or callable(f) for f in many):
+    if not many or not all(
+        isinstance(f, str) or (callable(f) and not isinstance(f, type)) for f in many
+    ):
         raise TypeError(
             f"{what} must be glob patterns or predicates (path, array) -> bool, got "
             f"{shown(filters)}"

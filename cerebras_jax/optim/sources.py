@@ -54,7 +54,8 @@ class PartSource(TreeSource):
 
     def __init__(self, whole: Any, paths: Sequence[str], names: Sequence[str]):
         self.whole, self.paths = whole, tuple(paths)
-        self.is_mine = tuple(path in set(names) for path in paths)
+        chosen = set(names)
+        self.is_mine = tuple(path in chosen for path in paths)
         marks = whole.unflatten([0 if mine else None for mine in self.is_mine])
         super().__init__(jax.tree.structure(marks), names)
 
@@ -143,8 +144,9 @@ class ModuleSource:
             )
         flat = dict(nnx.to_flat_state(nnx.State(grads)))
         if isinstance(self.wrt, Named):  # gradients of frozen variables do not matter
-            frozen = {p for p, v in nnx.iter_graph(self.module) if isinstance(v, nnx.Variable)}
-            flat = {p: g for p, g in flat.items() if p in set(self.paths) or p not in frozen}
+            variables = {p for p, v in nnx.iter_graph(self.module) if isinstance(v, nnx.Variable)}
+            frozen = variables - set(self.paths)
+            flat = {p: g for p, g in flat.items() if p not in frozen}
         missing = [n for n, p in zip(self.names, self.paths, strict=True) if p not in flat]
         extra = [".".join(map(str, p)) for p in flat if p not in set(self.paths)]
         if missing or extra:
