@@ -33,7 +33,8 @@ class Owner(Stateful):
 
     transient: ClassVar[tuple[str, ...]] = ("_lock", "_index", "_donor")
     special: ClassVar[frozenset[str]] = frozenset(
-        {"param_groups", "_sources", "_trees", "_names", "_live", "_was_stepped", "_was_scheduled"}
+        {"param_groups", "_sources", "_trees", "_frozen", "_names", "_live"}
+        | {"_was_stepped", "_was_scheduled"}
     ) | frozenset(BOUNDS)  # attributes that `parts` takes apart by itself
 
     defaults: dict[str, Any]
@@ -224,19 +225,24 @@ class Owner(Stateful):
     # --- the parts that change, for jit and trace ------------------------------------------------
 
     def parts(self) -> Parts:
-        """See `Stateful`: arrays are parameters and states; numbers, those of the groups."""
+        """See `Stateful`: arrays are parameters and states; numbers, those of the groups.
+
+        Frozen arrays count as numbers: no step gives them away.
+        """
         lists = self._array_lists()
         arrays: list[Any] = [x for values in lists for x in values]
         refs: list[Any] = [s.module for s in self._sources if not isinstance(s, TreeSource)]
         numbers, groups = self._split_groups()
         bounds = [getattr(self, name) for name in BOUNDS]
         numbers += [x for x in bounds if x is not None]
+        frozen = freeze(self._frozen, numbers, [])
         static = (
             type(self),
             groups,
             tuple(map(len, lists)),
             tuple(x is None for x in bounds),
             tuple(s.key for s in self._sources),
+            frozen,
             *self._hashables(),
             freeze(self._rest(), arrays, refs),
         )
@@ -257,6 +263,7 @@ class Owner(Stateful):
         for name in BOUNDS:
             if getattr(self, name) is not None:
                 setattr(self, name, next(values))
+        Fill(values, None)(self._frozen)
         self._refill(Fill(remaining, modules))
 
     def array_names(self) -> list[str]:
@@ -316,7 +323,10 @@ class Owner(Stateful):
 
     def as_arguments(self, numbers: list[Any]) -> list[Any]:
         """See `Stateful`."""
-        return [as_argument(x) for x in numbers]
+        frozen: list[Any] = []
+        freeze(self._frozen, frozen, [])
+        n = len(numbers) - len(frozen)
+        return [*(as_argument(x) for x in numbers[:n]), *numbers[n:]]
 
     def live(self) -> frozenset[Any]:
         """See `Stateful`."""
