@@ -15,6 +15,7 @@ import optax
 
 from cerebras_jax import schedules
 from cerebras_jax.messages import shortened, shown
+from cerebras_jax.optim.algorithms.muon import Muon
 from cerebras_jax.optim.configure import (
     lr_factors,
     make_param_groups,
@@ -23,6 +24,7 @@ from cerebras_jax.optim.configure import (
 )
 from cerebras_jax.optim.guarding import SETTINGS
 from cerebras_jax.optim.layer_types import mup_factors
+from cerebras_jax.optim.muon_groups import muon_values
 from cerebras_jax.optim.names import check_plain, find_class, rate_key
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups
@@ -203,7 +205,8 @@ class Recipe:
         """
         rules = {"adjust_learning_rate": self.adjust_learning_rate, "params": self.params}
         rate = self.constant("lr") if self.has("lr") else None
-        return make_param_groups(params, rules, self._name("lr"), rate)
+        own = muon_values(params) if issubclass(self.optimizer_class, Muon) else {}
+        return make_param_groups(params, rules, self._name("lr"), rate, own)
 
 
 def _drivers(
@@ -286,6 +289,13 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
 def _recipe(sections: Sections) -> Recipe:
     cls = find_class(sections.optimizer_type, Optimizer, "optimizer_type")
     values = optimizer_arguments(cls, sections.optimizer)
+    if cls is Muon:
+        values = {"adjust_lr_fn": "match_rms_adamw", **values}  # as the original
+        warnings.warn(
+            "Muon keeps its momentum, and does not scale its weight decay, both unlike the "
+            "original; embeddings, the output layer and vectors are its Adam's",
+            stacklevel=3,
+        )
     if _is_plain(cls):
         _check_ranges(cls, values)
     params = sections.others.get("params")

@@ -241,16 +241,16 @@ def outcome(config: Any, paths: list[tuple]) -> tuple[str, str]:
     return "accepted", ""
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1, 5))
 def test_a_mutated_recipe_is_read_or_refused_in_words(seed):
     counts = collections.Counter()
-    for i in range(200):
+    for i in range(100):
         config, paths = mutated(1000 * seed + i)
         kind, message = outcome(config, paths)
         assert kind in ("accepted", "refused"), f"{kind} at {paths}: {message[:500]}"
         counts[kind] += 1
-    assert counts["refused"] > 40
-    assert counts["accepted"] > 20
+    assert counts["refused"] > 20
+    assert counts["accepted"] > 10
 
 
 def main(n: int) -> None:

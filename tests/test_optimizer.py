@@ -191,7 +191,7 @@ def test_add_param_group():
     [
         ([{"params": "*nothing*"}], ValueError, "'\\*nothing\\*' matches none of the parameters"),
         ([{"params": "*"}, {"params": "scale"}], ValueError, "earlier groups already hold"),
-        ([{"params": 3}], TypeError, "must be glob patterns, got 3"),
+        ([{"params": 3}], TypeError, "must be glob patterns or .*, got 3"),
     ],
 )
 def test_bad_globs(groups, error, message):

@@ -217,7 +217,7 @@ def complex_and_real(entry):
 
 @every
 def test_complex_parameters_are_pairs_of_real_ones(entry):
-    if entry.name in ("adafactor", "soap"):
+    if entry.name in ("adafactor", "muon", "soap"):
         with pytest.raises(TypeError, match="complex"):
             entry.pure(**entry.kwargs).init(jnp.ones(3, jnp.complex64))
         return

@@ -168,6 +168,7 @@ def lift(
     """
     check_choice("rounding", rounding, ("nearest", "stochastic", "exact"))
     keeps_bits = rounding == "exact"
+    hyper = hypers.fix_whole(factory, hyper)
 
     def init(params: Params) -> RuleState:
         leaves, treedef = jax.tree.flatten(params)
@@ -413,7 +414,8 @@ def _checked_overrides(
     """The overrides that name a number of this rule; others are for other links of a chain."""
     mine = hypers.normalize({k: v for k, v in overrides.items() if k in hyper and v is not None})
     for name, value in mine.items():
-        if isinstance(hyper[name], bool | str | None) or isinstance(value, bool | str):
+        is_fixed = isinstance(hyper[name], bool | str | None | hypers.Whole)
+        if is_fixed or isinstance(value, bool | str):
             raise TypeError(f"{name} is fixed at construction: {hyper[name]!r}, got {value!r}")
     if mine:
         new = {**hyper, **mine}

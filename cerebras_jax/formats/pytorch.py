@@ -37,6 +37,7 @@ class Dialect(NamedTuple):
       import_entry: turns its state of one parameter into ours.
       export_entry: the inverse, on NumPy arrays.
       import_group: turns its group values into ours.
+      kept: our group values that it has not, and that say what a parameter is: they stay.
     """
 
     flags: Mapping[str, Any] = {}
@@ -46,6 +47,7 @@ class Dialect(NamedTuple):
     import_entry: Callable[[Entry, Group], Entry] = _same_entry
     export_entry: Callable[[Entry, Group], Entry] = _same_entry
     import_group: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = _same_group
+    kept: tuple[str, ...] = ()
 
 
 # --- Adafactor ------------------------------------------------------------------------------------
@@ -86,6 +88,14 @@ def _adafactor_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict
     return group
 
 
+# --- Muon -----------------------------------------------------------------------------------------
+
+
+def _muon_in(entry: Entry, group: Group) -> Entry:
+    """torch's has no step; that of a matrix is not used. See `formats.muon` for other layouts."""
+    return {"step": 0.0, **entry} if "momentum_buffer" in entry else entry
+
+
 POWERS = ("beta1_power", "beta2_power")
 
 DIALECTS = {
@@ -99,6 +109,7 @@ DIALECTS = {
     "adam_base": Dialect(powers=POWERS),
     "adamax": Dialect(powers=("beta1_power",)),
     "adamw": Dialect(flags={"decoupled_weight_decay": True}, powers=POWERS),
+    "muon": Dialect(import_entry=_muon_in, kept=("axes", "split", "use_muon")),
     "nadam": Dialect(flags={"decoupled_weight_decay": False}),
     "radam": Dialect(flags={"decoupled_weight_decay": False}),
     "sgd": Dialect(counts_steps=False),
@@ -149,6 +160,7 @@ def import_group(
         if key not in defaults and key in {*EXECUTION_FLAGS, *dialect.flags, "maximize"}:
             continue
         result[key] = with_functions(plain_value(value), ours.get(key))
+    result |= {k: ours[k] for k in dialect.kept if k in ours and k not in result}
     return dialect.import_group(result, defaults)
 
 

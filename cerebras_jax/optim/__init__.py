@@ -19,6 +19,7 @@ from cerebras_jax.optim.algorithms.adopt import ADOPT, adopt
 from cerebras_jax.optim.algorithms.asgd import ASGD, asgd
 from cerebras_jax.optim.algorithms.lamb import Lamb, lamb
 from cerebras_jax.optim.algorithms.lion import Lion, lion
+from cerebras_jax.optim.algorithms.muon import Muon, muon
 from cerebras_jax.optim.algorithms.nadam import NAdam, nadam
 from cerebras_jax.optim.algorithms.radam import RAdam, radam
 from cerebras_jax.optim.algorithms.rmsprop import RMSprop, rmsprop
@@ -31,10 +32,18 @@ from cerebras_jax.optim.configure import (
     configure_optimizer,
     configure_param_groups,
 )
+from cerebras_jax.optim.coordinate_check import CoordinateCheck, coordinate_check
 from cerebras_jax.optim.guarding import StepReport
+from cerebras_jax.optim.layer_types import mup_factors
+from cerebras_jax.optim.muon_groups import MuonGroups, muon_groups
+from cerebras_jax.optim.mup import MupGroups, mup
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.optim.param_groups import param_groups
+from cerebras_jax.optim.param_groups import ParamGroups, param_groups
+from cerebras_jax.optim.qk_clip import qk_clip
+from cerebras_jax.optim.selection import Selection, select
+from cerebras_jax.transforms.agc import agc
 from cerebras_jax.transforms.averages import Average, average
+from cerebras_jax.transforms.cautious import cautious, cautious_decay
 from cerebras_jax.transforms.clipping import clip
 from cerebras_jax.transforms.every import every
 from cerebras_jax.transforms.finite import GuardState, guard, skip_nonfinite, skip_spikes

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from cerebras_jax.engine import foreign
+from cerebras_jax.engine.hyper import whole_arguments
 from cerebras_jax.engine.leaf import Rounding, StateDtype
 from cerebras_jax.engine.lift import lift
 from cerebras_jax.engine.rule import Rule
@@ -45,7 +46,7 @@ class RuleMaker:
 
     def live(self, hyper: Mapping[str, Any]) -> frozenset[str]:
         """Names of the arguments whose numbers may be traced."""
-        return frozenset(hyper)
+        return frozenset(hyper) - whole_arguments(self.factory)
 
     def pair(
         self, hyper: Mapping[str, Any], how: How, same: Sequence[int] | None, returns_params: bool

@@ -73,7 +73,7 @@ class Optimizer(Owner, ABC):
 
     Args:
       params: a pytree of arrays, an nnx.Module (updated in place), a list of dicts
-        ``{"params": tree, **values}``, or what `optim.param_groups` returns.
+        ``{"params": tree, **values}``, or what `optim.param_groups` or `optim.select` returns.
       defaults: names and values of the hyper-parameters.
       enable_global_step: count the steps of every parameter in its state ``step``.
     """
@@ -146,7 +146,9 @@ class Optimizer(Owner, ABC):
             several = len(self._sources) > 1 or self._structured_as_list
             if several and any(isinstance(s, ModuleSource) for s in self._sources):
                 raise TypeError("a closure over several parameter trees takes no modules")
-            value, given = value_and_grad(given, self.params, has_aux, loss_scale)
+            source = None if several else self._sources[0]
+            leaves = self.params if several else self._leaves()[0]
+            value, given = value_and_grad(given, source, leaves, has_aux, loss_scale)
         elif given is None:
             raise TypeError("step needs the gradients, or a closure that returns the loss")
         return value, self._align(given)

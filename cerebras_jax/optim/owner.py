@@ -16,6 +16,7 @@ from cerebras_jax.optim import numbers as group_numbers
 from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, check_setting
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.param_groups import ParamGroups, is_group_list
+from cerebras_jax.optim.selection import frozen_leaves
 from cerebras_jax.optim.sources import ModuleSource, Source, TreeSource, make_source
 from cerebras_jax.stateful import OUTSIDE, Fill, Memento, Parts, Stateful, freeze
 from cerebras_jax.types import Array
@@ -32,7 +33,8 @@ class Owner(Stateful):
 
     transient: ClassVar[tuple[str, ...]] = ("_lock", "_index", "_donor")
     special: ClassVar[frozenset[str]] = frozenset(
-        {"param_groups", "_sources", "_trees", "_names", "_live", "_was_stepped", "_was_scheduled"}
+        {"param_groups", "_sources", "_trees", "_frozen", "_names", "_live"}
+        | {"_was_stepped", "_was_scheduled"}
     ) | frozenset(BOUNDS)  # attributes that `parts` takes apart by itself
 
     settings: ClassVar[tuple[str, ...]] = BOUNDS
@@ -50,6 +52,7 @@ class Owner(Stateful):
         self._donor = Donor(donate)
         self._sources: list[Source] = []
         self._trees: list[list[Array]] = []  # the values of each source that is no module
+        self._frozen: list[list[Any]] = []  # its other leaves
         self._names: tuple[str, ...] = ()
         self._live: set[tuple[int, str]] = set()  # numbers that are arguments for good
         self._was_stepped = self._was_scheduled = False  # which came first
@@ -92,7 +95,7 @@ class Owner(Stateful):
         stays valid.
         """
         with self.lock:
-            trees = [s.tree(v) for s, v in zip(self._sources, self._trees, strict=True)]
+            trees = [s.tree(v) for s, v in zip(self._sources, self._leaves(), strict=True)]
         return trees[0] if self._is_one_tree() else trees
 
     @property
@@ -105,6 +108,10 @@ class Owner(Stateful):
         if donor is None or donor.donate is not self.donate:
             donor = self._donor = Donor(self.donate)
         return donor
+
+    def _leaves(self) -> list[list[Any]]:
+        """The leaves of each source's tree: those that are trained, then the frozen ones."""
+        return [[*mine, *rest] for mine, rest in zip(self._trees, self._frozen, strict=True)]
 
     def _is_one_tree(self) -> bool:
         return len(self._sources) == 1 and not self._structured_as_list
@@ -179,6 +186,7 @@ class Owner(Stateful):
             group["params"] = [prefix + name for name in group["params"]]
         self._sources = [*self._sources, source]
         self._trees = [*self._trees, [] if isinstance(source, ModuleSource) else values]
+        self._frozen = [*self._frozen, frozen_leaves(tree)]
         self._names = (*self._names, *(prefix + name for name in names))
         self.param_groups += new_groups
         vars(self).pop("_index", None)
@@ -240,19 +248,24 @@ class Owner(Stateful):
     # --- the parts that change, for jit and trace ------------------------------------------------
 
     def parts(self) -> Parts:
-        """See `Stateful`: arrays are parameters and states; numbers, those of the groups."""
+        """See `Stateful`: arrays are parameters and states; numbers, those of the groups.
+
+        Frozen arrays count as numbers: no step gives them away.
+        """
         lists = self._array_lists()
         arrays: list[Any] = [x for values in lists for x in values]
         refs: list[Any] = [s.module for s in self._sources if not isinstance(s, TreeSource)]
         numbers, groups = self._split_groups()
         bounds = [getattr(self, name) for name in BOUNDS]
         numbers += [x for x in bounds if x is not None]
+        frozen = freeze(self._frozen, numbers, [])
         static = (
             type(self),
             groups,
             tuple(map(len, lists)),
             tuple(x is None for x in bounds),
             tuple(s.key for s in self._sources),
+            frozen,
             *self._hashables(),
             freeze(self._rest(), arrays, refs),
         )
@@ -266,14 +279,14 @@ class Owner(Stateful):
             target[:] = itertools.islice(remaining, len(target))
         if modules is not None:
             self._sources = [
-                s if isinstance(s, TreeSource) else ModuleSource.of(next(modules))
-                for s in self._sources
+                s if isinstance(s, TreeSource) else s.on(next(modules)) for s in self._sources
             ]
         for group, mark in zip(self.param_groups, self._split_groups()[1], strict=True):
             group.update(group_numbers.join(values, mark[1]))
         for name in BOUNDS:
             if getattr(self, name) is not None:
                 vars(self)[name] = next(values)
+        Fill(values, None)(self._frozen)
         self._refill(Fill(remaining, modules))
 
     def array_names(self) -> list[str]:
@@ -333,7 +346,10 @@ class Owner(Stateful):
 
     def as_arguments(self, numbers: list[Any]) -> list[Any]:
         """See `Stateful`."""
-        return [as_argument(x) for x in numbers]
+        frozen: list[Any] = []
+        freeze(self._frozen, frozen, [])
+        n = len(numbers) - len(frozen)
+        return [*(as_argument(x) for x in numbers[:n]), *numbers[n:]]
 
     def live(self) -> frozenset[Any]:
         """See `Stateful`."""
@@ -362,7 +378,8 @@ class Owner(Stateful):
         # A PyTreeDef with custom nodes cannot be pickled, the trees that it describes can.
         with self.lock:
             state = self._attributes()
-            state["_sources"] = [s.tree(v) for s, v in zip(self._sources, self._trees, strict=True)]
+            pairs = zip(self._sources, self._leaves(), strict=True)
+            state["_sources"] = [s.given(v) for s, v in pairs]
             return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -288,16 +288,21 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
         known = {k: old[k] if _is_pending(v) else v for k, v in hyper.items()}
         try:
             self.maker.check(known)
-            self._check_states(old, hyper)
+            self._check_states(self.param_groups[i]["params"], old, hyper)
         except (TypeError, ValueError) as error:
             raise type(error)(f"param_groups[{i}]: {error}") from None
 
-    def _check_states(self, old: Mapping[str, Any], hyper: Mapping[str, Any]) -> None:
-        """Refuses values that need states which do not exist."""
+    def _check_states(
+        self, members: Sequence[str], old: Mapping[str, Any], hyper: Mapping[str, Any]
+    ) -> None:
+        """Refuses values that need states which a group's members do not have."""
         if not isinstance(self.maker, RuleMaker) or not needs_other_buffers(old, hyper):
             return
         of = self._catalogue().of
-        present = ((p, set(of[name])) for name, p in self.named_parameters() if of[name])
+        mine = set(members)
+        present = (
+            (p, set(of[name])) for name, p in self.named_parameters() if name in mine and of[name]
+        )
         check_buffers(self.maker.factory, old, hyper, present)
 
     def check(self) -> None:
@@ -312,7 +317,7 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
 
     def _check_loaded_group(self, ours: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
         self._check_group(loaded)
-        self._check_states(self._hyper(ours), self._hyper(loaded))
+        self._check_states(ours["params"], self._hyper(ours), self._hyper(loaded))
 
 
 # --- helpers -------------------------------------------------------------------------------------
