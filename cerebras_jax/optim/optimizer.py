@@ -25,6 +25,7 @@ from cerebras_jax.formats.state_dict import (
     to_state_dict,
 )
 from cerebras_jax.optim import numbers as group_numbers
+from cerebras_jax.optim.entries import NamedState
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.param_groups import ParamGroups, is_group_list
 from cerebras_jax.optim.sources import ModuleSource, Source, TreeSource, make_source
@@ -400,6 +401,50 @@ class Optimizer(Stateful, ABC):
 
     def _set_entries(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
         self._state = {n: dict(e) for n, e in entries.items()}
+
+    def named_state(self) -> NamedState:
+        """All that continuing needs beside parameters and groups, by name; for `take_over`."""
+        with self.lock:
+            found: list[Any] = []
+            freeze(self._rest(), found, [])
+            shared = {f"attributes.{i}": x for i, x in enumerate(found)}
+            return NamedState(self._entries(), {}, shared)
+
+    def take_over(
+        self,
+        params: Mapping[str, Array],
+        state: NamedState,
+        groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Replaces parameters, state and the groups' values; all or, on an error, nothing.
+
+        Args:
+          params: values by parameter name.
+          state: as `named_state` returned it.
+          groups: values of every group, without its parameters.
+
+        Raises:
+          ValueError: if a value is out of range, or needs a state that there is not.
+        """
+        with self.lock:
+            loaded = [
+                {**values, "params": list(mine["params"])}
+                for mine, values in zip(self.param_groups, groups, strict=True)
+            ]
+            for mine, group in zip(self.param_groups, loaded, strict=True):
+                check_keys(group, self.defaults)
+                self._check_loaded_group(mine, group)
+            for name, value in params.items():
+                self.set_parameter(name, value)
+            for mine, group in zip(self.param_groups, loaded, strict=True):
+                mine.clear()
+                mine.update(group)
+            self._set_named_state(state)
+            self._was_stepped = True
+
+    def _set_named_state(self, state: NamedState) -> None:
+        self._set_entries(state.states)
+        self._refill(Fill(iter(state.shared.values()), None))
 
     # --- state_dict --------------------------------------------------------------------------
 

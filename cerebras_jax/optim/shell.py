@@ -19,13 +19,13 @@ from cerebras_jax.engine.trees import check_grads
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import check_keys, load_shared
 from cerebras_jax.optim import entries, numbers
-from cerebras_jax.optim.entries import Catalogue
+from cerebras_jax.optim.entries import Catalogue, NamedState
 from cerebras_jax.optim.makers import ForeignMaker, Maker, RuleMaker
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.program import Plan, Program, Wrapper, program_of, transformation
 from cerebras_jax.signals import deferred_signals
-from cerebras_jax.stateful import OUTSIDE, Slot
+from cerebras_jax.stateful import OUTSIDE, Fill, Slot
 from cerebras_jax.types import Array
 
 P = ParamSpec("P")
@@ -433,6 +433,24 @@ class ShellOptimizer(Optimizer, Generic[P]):
     def _set_shared(self, values: Mapping[str, Any]) -> None:
         for path, value in values.items():
             self._state[self._catalogue().shared[path].leaf] = value
+
+    def named_state(self) -> NamedState:
+        """See `Optimizer.named_state`."""
+        with self.lock:
+            self._regroup()
+            found = entries.named(self._state, self._catalogue())
+            return found._replace(shared=found.shared | super().named_state().shared)
+
+    def _set_named_state(self, state: NamedState) -> None:
+        known = self._catalogue()
+        clocks = {
+            name: {key: named[name] for key, named in state.clocks.items() if name in named}
+            for name in known.of
+        }
+        self._set_entries({n: state.states.get(n, {}) | clocks[n] for n in known.of})
+        self._set_shared({k: v for k, v in state.shared.items() if k in known.shared})
+        attributes = [v for k, v in state.shared.items() if k not in known.shared]
+        self._refill(Fill(iter(attributes), None))
 
     def _increment(self, name: str) -> Array:
         place = self._catalogue().of[name].get("step")
