@@ -36,6 +36,11 @@ class Place(NamedTuple):
     def path(self) -> str:
         return "/".join(part for part in self if part)
 
+    @property
+    def dotted(self) -> str:
+        """The same for what is a folder here, and a level of a tree there."""
+        return ".".join(part for part in (self.folder.replace("/", "."), self.name) if part)
+
 
 class Leaves(NamedTuple):
     """An object as what it holds, by name.
@@ -165,13 +170,16 @@ class Match:
             for folder, named in about.get("values", {}).items()
             for name, value in named.items()
         }
+        dotted = {place.dotted: place for place in [*theirs, *values]}
         missing: list[str] = []
         for place, like in ours.values.items():
-            if place in theirs:
-                path = theirs.pop(place)
+            is_exact = place in theirs or place in values
+            found = place if is_exact else dotted.get(place.dotted, place)
+            if found in theirs:
+                path = theirs.pop(found)
                 self._add(place, path, like, stored[path], report)
-            elif place in values:
-                self._plain[place] = values.pop(place)
+            elif found in values:
+                self._plain[place] = values.pop(found)
                 if is_array(like) and like.shape != ():
                     report.problems.append(f"{where}{place.path} is a number in the checkpoint")
             else:
@@ -201,7 +209,7 @@ class Match:
                 report.filled,
                 options.missing == "init",
                 "lacks",
-                'missing="init" keeps ours',
+                'missing="init" keeps ours, rename= finds what is called otherwise',
             ),
             (
                 unused,
@@ -218,7 +226,7 @@ class Match:
                 report.problems.append(f"the checkpoint {what} {shown}{more} ({hint})")
 
     def _add(self, place: Place, path: str, like: Any, found: Target, report: Report) -> None:
-        name = f"{self._where}{place.path}"
+        name = f"{self._where}{place.path}".rstrip("/")
         impl = self._about.get("keys", {}).get(path)
         if not is_array(like):
             if found.shape != () or impl is not None or not isinstance(like, bool | int | float):

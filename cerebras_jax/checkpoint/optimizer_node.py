@@ -49,7 +49,8 @@ class OptimizerNode(LeavesNode):
             )
             return {}
         wanted = super().match(about, stored, options, report)
-        self._groups = [dict(_values(group)) for group in self.obj.param_groups]
+        self._groups = [_values(group) for group in self.obj.param_groups]
+        self._scheduled: list[tuple[int, str]] = []  # left to a scheduler
         self._bounds = {name: getattr(self.obj, name) for name in _BOUNDS}
         self._before = [dict(group) for group in self._groups], dict(self._bounds)
         if "groups" in about:
@@ -67,9 +68,12 @@ class OptimizerNode(LeavesNode):
             ours, where = _packed(mine), f"{self.where}param_groups[{i}]"
             for key in dict.fromkeys([*ours, *(k for source in sources for k in source)]):
                 theirs = [source[key] for source in sources if key in source]
-                if not theirs or (id(mine), key) in report.scheduled:
-                    if theirs and options.hyper == "saved" and all(x == theirs[0] for x in theirs):
-                        self._take(i, key, theirs[0])
+                if (id(mine), key) in report.scheduled:
+                    is_one = bool(theirs) and all(x == theirs[0] for x in theirs)
+                    if not (options.hyper == "saved" and is_one and self._take(i, key, theirs[0])):
+                        self._scheduled.append((i, key))
+                    continue
+                if not theirs:
                     continue
                 if any(x != theirs[0] for x in theirs):
                     if options.hyper == "saved":
@@ -111,6 +115,8 @@ class OptimizerNode(LeavesNode):
         return super().commit()
 
     def put(self, leaves: Leaves) -> Any:
+        for i, key in self._scheduled:  # the scheduler has written by now
+            self._groups[i][key] = self.obj.param_groups[i][key]
         return self._replace(leaves, self._groups)
 
     def undo(self) -> None:

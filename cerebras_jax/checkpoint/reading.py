@@ -230,9 +230,15 @@ def _commit(nodes: Mapping[str, Nodes], work: list[tuple[str, str, Node, Any]]) 
         for name, path, node, _ in work:
             done.append(node)
             new[name][path] = node.commit()
-    except BaseException:
+    except BaseException as error:
         for node in reversed(done):
-            node.undo()
+            try:
+                node.undo()
+            except Exception as second:
+                error.add_note(f"{node.where.rstrip('/')} could not be brought back: {second}")
+        if isinstance(error, ValueError | TypeError):
+            where = done[-1].where.rstrip("/")
+            raise CheckpointError(f"{where} does not take what was saved: {error}") from error
         raise
     return {name: mine.assemble(new[name]) for name, mine in nodes.items()}
 

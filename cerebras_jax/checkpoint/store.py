@@ -128,7 +128,9 @@ class Series:
         """Those that are whole, in order: what the disk has, not what was asked for."""
         self._checkpointer.wait()
         self._checkpointer.reload()
-        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        found = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        # One that was about to be deleted when the run was killed may lack its description.
+        return [step for step in found if (self.path(step) / "_CHECKPOINT_METADATA").exists()]
 
     def is_due(self, step: int) -> bool:
         return self._checkpointer.should_save(step)

@@ -23,6 +23,7 @@ from cerebras_jax.formats.state_dict import (
     match_parameters,
     plain_value,
     to_state_dict,
+    with_functions,
 )
 from cerebras_jax.optim import numbers as group_numbers
 from cerebras_jax.optim.entries import NamedState
@@ -455,10 +456,13 @@ class Optimizer(Stateful, ABC):
           a dict like ``{"state": {0: {"exp_avg": ...}, ...}, "param_groups": [{"lr": ...,
           "params": [0, ...], "param_names": ["dense.bias", ...]}, ...]}``; parameters are
           numbered in the order of the groups. A function among the group values, such as a
-          schedule, is stored as None, and is kept on loading.
+          schedule, is stored by its repr; on loading, one's own is kept. The bounds of the
+          gradients that are set stand beside the groups.
         """
         with self.lock:
-            return to_state_dict(self.param_groups, self._entries())
+            given = {name: getattr(self, name) for name in _BOUNDS}
+            bounds = {name: plain_value(x) for name, x in given.items() if x is not None}
+            return {**to_state_dict(self.param_groups, self._entries()), **bounds}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over state and group values; all or, on an error, nothing.
@@ -466,7 +470,7 @@ class Optimizer(Stateful, ABC):
         Parameters are matched by name where the dict has ``param_names`` that are all ours,
         else by position. Arrays may be JAX, NumPy or torch tensors; they are copied, in the
         dtype of the state that they replace. A key that a group lacks takes the optimizer's
-        default.
+        default; bounds of the gradients that the dict lacks stay.
 
         Raises:
           ValueError: names what is missing, unexpected, of another shape, or out of range.
@@ -486,7 +490,10 @@ class Optimizer(Stateful, ABC):
                     for name in group["params"]:
                         loaded = self._import_state(match.entries.get(name), group, ours[name])
                         entries[name] = load_array(name, loaded, ours[name])
+            bounds = [state_dict.get(name, getattr(self, name)) for name in _BOUNDS]
+            clipping.check_bounds(*bounds)
             self._load_shared(state_dict)
+            self.max_gradient_norm, self.max_gradient_value = bounds
             for mine, group in zip(self.param_groups, groups, strict=True):
                 mine.clear()
                 mine.update(group)
@@ -497,7 +504,8 @@ class Optimizer(Stateful, ABC):
         self._check_group(loaded)
 
     def _import_group(self, group: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        return {k: with_functions(v, ours.get(k)) for k, v in values.items()}
 
     def _import_state(self, entry: Any, group: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
         return entry
