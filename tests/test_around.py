@@ -404,3 +404,25 @@ def test_clipping_bounds_what_the_wrappers_hand_on():
 
 def bounded(tx):
     return optax.chain(optim.clip(max_norm=1.0), optax.with_extra_args_support(_pair(tx)))
+
+
+def test_a_class_is_made_once_for_a_factory_and_its_instances_can_be_pickled():
+    assert optim.optimizer_of(optax.nadamw) is optim.optimizer_of(optax.nadamw)
+    opt = optim.optimizer_of(optax.nadamw)({"w": jnp.ones(3)}, learning_rate=0.1)
+    grads = {"w": jnp.arange(3.0)}
+    opt.step(grads)
+    twin = pickle.loads(pickle.dumps(opt))
+    assert type(twin) is type(opt)
+    for each in (opt, twin):
+        each.step(grads)
+    np.testing.assert_array_equal(twin.params["w"], opt.params["w"])
+
+
+class NAdamW(optim.optimizer_of(optax.nadamw)):
+    """A class of one's own is found by its name."""
+
+
+def test_a_class_of_ones_own_can_be_pickled():
+    twin = pickle.loads(pickle.dumps(NAdamW({"w": jnp.ones(3)}, learning_rate=0.1)))
+    assert type(twin) is NAdamW
+    np.testing.assert_array_equal(twin.params["w"], jnp.ones(3))

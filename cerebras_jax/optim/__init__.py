@@ -24,6 +24,7 @@ from cerebras_jax.optim.algorithms.rmsprop import RMSprop, rmsprop
 from cerebras_jax.optim.algorithms.rprop import Rprop, rprop
 from cerebras_jax.optim.algorithms.sgd import SGD, sgd
 from cerebras_jax.optim.algorithms.soap import SOAP, soap
+from cerebras_jax.optim.classes import optimizer_of
 from cerebras_jax.optim.configure import (
     configure_lr_scheduler,
     configure_optimizer,
@@ -31,7 +32,6 @@ from cerebras_jax.optim.configure import (
 )
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import param_groups
-from cerebras_jax.optim.shell import optimizer_of
 from cerebras_jax.transforms.averages import Average, average
 from cerebras_jax.transforms.clipping import clip
 from cerebras_jax.transforms.grouped import grouped

@@ -1,6 +1,7 @@
 """Which array of an optimizer's state belongs to which parameter, and under which name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -162,6 +163,29 @@ def named(leaves: Sequence[Array], catalogue: Catalogue) -> NamedState:
                 host[leaf] = np.asarray(leaves[leaf])
             clocks.setdefault(key, {})[name] = host[leaf][row]
     return NamedState(states, clocks, read(leaves, catalogue.shared, host))
+
+
+class StateView(Mapping[str, Mapping[str, Any]]):
+    """Per parameter name, the states by name: as they are now, also after further steps."""
+
+    def __init__(self, leaves: Sequence[Array], catalogue: Catalogue, shown: Mapping[str, Any]):
+        self._leaves, self._catalogue, self._shown = tuple(leaves), catalogue, shown
+        self._host: dict[int, Any] = {}
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        places = self._catalogue.of[name]
+        hidden = self._shown.get(name, ())
+        mine = {key: place for key, place in places.items() if key not in hidden}
+        return MappingProxyType(read(self._leaves, mine, self._host))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._catalogue.of)
+
+    def __len__(self) -> int:
+        return len(self._catalogue.of)
+
+    def __repr__(self) -> str:
+        return repr({name: dict(entry) for name, entry in self.items()})
 
 
 def _value(leaves: Sequence[Array], place: Place, host: dict[int, Any]) -> Any:

@@ -7,13 +7,12 @@ from typing import Any, ParamSpec
 
 from cerebras_jax import schedules
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.optim.scheduler import (
+from cerebras_jax.optim.schedule_scheduler import ScheduleScheduler, scheduler_of
+from cerebras_jax.optim.scheduler import Scheduler
+from cerebras_jax.optim.scheduler_compositions import (
     ChainScheduler,
-    Scheduler,
     SchedulerComposition,
-    ScheduleScheduler,
     SequentialScheduler,
-    scheduler_of,
 )
 
 P = ParamSpec("P")

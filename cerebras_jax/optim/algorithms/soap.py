@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag, check_pair, is_traced
-from cerebras_jax.optim.shell import Optimizer
+from cerebras_jax.optim.classes import Optimizer
 from cerebras_jax.rule import Rule, bias_correction, per_parameter
 from cerebras_jax.types import Array, Number
 

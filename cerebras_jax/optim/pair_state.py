@@ -1,0 +1,298 @@
+"""The state of an optimizer as the leaves of an optax state, seen by parameter and name."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from cerebras_jax.checks import is_number
+from cerebras_jax.engine.hyper import normalize, saturating_increment
+from cerebras_jax.formats import pytorch as torch_format
+from cerebras_jax.formats.state_dict import load_shared
+from cerebras_jax.optim import entries, numbers
+from cerebras_jax.optim.entries import Catalogue, NamedState, StateView
+from cerebras_jax.optim.makers import Maker, RuleMaker
+from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.stateful import Fill, Slot
+from cerebras_jax.types import Array
+
+
+class PairOptimizer(Optimizer):
+    """An optimizer whose state is that of an optax pair; `ShellOptimizer` steps it."""
+
+    maker: ClassVar[Maker]
+    counts_steps: ClassVar[bool] = False
+    states_to_sparsify: ClassVar[tuple[str, ...]] = ()
+    transient = (*Optimizer.transient, "_cache")
+    special = Optimizer.special | {
+        *("_state", "_structure", "_groups", "_same", "_checked", "_keys", "defaults")
+    }
+
+    _state: list[Array]
+    _structure: Any  # of the state
+    _groups: tuple[tuple[str, ...], ...]  # the members that the state was made for
+    _same: Any  # per group, see `clocks`; None: not known
+    _checked: list[dict[str, Any]]  # the groups' values when they were last checked
+    _keys: list[tuple[str, ...]]  # and their keys
+
+    def _hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return normalize({name: group[name] for name in self.defaults})
+
+    def _treedef(self) -> Any:
+        """The structure in which wrappers see the parameters."""
+        defs = [source.treedef for source in self._sources]
+        if self._is_one_tree():
+            return defs[0]
+        return jax.tree_util.treedef_tuple(defs)
+
+    def _paths(self) -> dict[str, str]:
+        """From the name of each parameter to its dotted path in the tree that wrappers see."""
+        if self._is_one_tree():
+            return {name: name for name in self._names}
+        names, result = iter(self._names), {}
+        for i, source in enumerate(self._sources):
+            result |= {next(names): f"{i}.{path}" if path else f"{i}" for path in source.names}
+        return result
+
+    def _members(self) -> tuple[tuple[str, ...], ...]:
+        """Per group, the parameters in the order of the leaves, which is that of clocks."""
+        order = {name: i for i, name in enumerate(self._names)}
+        return tuple(tuple(sorted(group, key=order.__getitem__)) for group in self._groups)
+
+    # --- state -------------------------------------------------------------------------------
+
+    def _kept_state(self) -> Any:
+        return self._full_entries(), self._shared(), self._checked
+
+    def _allocate(self, kept: Any = None) -> None:
+        self._state = []
+        self.preinitialize()
+        if kept is not None:
+            entries, shared, checked = kept
+            self._checked[: len(checked)] = checked
+            self._set_entries(entries)
+            self._set_shared({k: v for k, v in shared.items() if k in self._catalogue().shared})
+
+    def _regroup(self) -> None:
+        """Moves the states when names were moved between groups, or within one."""
+        if all(
+            tuple(group["params"]) == members
+            for group, members in zip(self.param_groups, self._groups, strict=False)
+        ) and len(self.param_groups) == len(self._groups):
+            return
+        names = self._grouped_names()
+        if sorted(names) != sorted(self._names):
+            missing, extra = set(self._names) - set(names), set(names) - set(self._names)
+            twice = {n for n in names if names.count(n) > 1}
+            raise ValueError(
+                "param_groups must hold every parameter once; "
+                f"missing: {sorted(missing)[:5]}, unknown: {sorted(extra)[:5]}, "
+                f"twice: {sorted(twice)[:5]}"
+            )
+        self._allocate(self._kept_state())
+
+    def _catalogue(self) -> Catalogue:
+        cache = vars(self).setdefault("_cache", {})
+        if "catalogue" not in cache:
+            hyper = [self._hyper(group) for group in self.param_groups]
+            shapes = self._structure.unflatten([_shape_of(x) for x in self._state])
+            cache["catalogue"] = entries.catalogue(
+                shapes,
+                self._treedef(),
+                {path: name for name, path in self._paths().items()},
+                lambda g, own, names: self.maker.owners(hyper[g], own, names),
+            )
+        return cache["catalogue"]
+
+    def state_names_to_sparsify(self) -> list[str]:
+        """Names of the states that a sparsity mask of the parameter applies to."""
+        return list(self.states_to_sparsify)
+
+    @property
+    def state(self) -> Mapping[str, Mapping[str, Any]]:
+        """A read-only view: per parameter name, the states by name. See `visit_state`."""
+        with self.lock:
+            self._regroup()
+            return StateView(self._state, self._catalogue(), self._hidden())
+
+    def _hidden(self) -> dict[str, tuple[str, ...]]:
+        """States that are not needed to continue: a step count that no formula reads."""
+        if not isinstance(self.maker, RuleMaker):
+            return {}
+        return {
+            name: ("step",)
+            for group in self.param_groups
+            if not self._stores_step(group)
+            for name in group["params"]
+        }
+
+    def _stores_step(self, group: Mapping[str, Any]) -> bool:
+        """Whether the step count is needed to continue: by the formula, or by a schedule."""
+        if self.enable_global_step or self.counts_steps:
+            return True
+        return any(callable(x) for x in jax.tree.leaves(self._hyper(group), is_leaf=callable))
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return {name: dict(entry) for name, entry in self.state.items()}
+
+    def _full_entries(self) -> dict[str, dict[str, Any]]:
+        host: dict[int, Any] = {}
+        of = self._catalogue().of
+        return {name: entries.read(self._state, places, host) for name, places in of.items()}
+
+    def _set_entries(self, given: Mapping[str, Mapping[str, Any]]) -> None:
+        self._state = entries.write(self._state, self._catalogue(), given)
+        self._same = None
+
+    def _shared(self) -> dict[str, Any]:
+        """What belongs to no parameter: the states of wrappers, by path."""
+        return entries.read(self._state, self._catalogue().shared, {})
+
+    def _set_shared(self, values: Mapping[str, Any]) -> None:
+        for path, value in values.items():
+            self._state[self._catalogue().shared[path].leaf] = value
+
+    def named_state(self) -> NamedState:
+        """See `Optimizer.named_state`."""
+        with self.lock:
+            self._regroup()
+            found = entries.named(self._state, self._catalogue())
+            return found._replace(shared=found.shared | super().named_state().shared)
+
+    def _set_named_state(self, state: NamedState) -> None:
+        known = self._catalogue()
+        clocks = {
+            name: {key: named[name] for key, named in state.clocks.items() if name in named}
+            for name in known.of
+        }
+        self._set_entries({n: state.states.get(n, {}) | clocks[n] for n in known.of})
+        self._set_shared({k: v for k, v in state.shared.items() if k in known.shared})
+        attributes = [v for k, v in state.shared.items() if k not in known.shared]
+        self._refill(Fill(iter(attributes), None))
+
+    def _increment(self, name: str) -> Array:
+        place = self._catalogue().of[name].get("step")
+        if place is None or place.row is None:
+            raise RuntimeError(f"{type(self).__name__} does not count steps of its own")
+        count = self._state[place.leaf]
+        new = saturating_increment(count[place.row])
+        self._state[place.leaf] = count.at[place.row].set(new)
+        self._same = None
+        return new
+
+    # --- state dicts -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Optimizer.state_dict`; the states of wrappers are under ``"around"``, by path."""
+        with self.lock:
+            result = super().state_dict()
+            shared = self._shared()
+            return {**result, "around": shared} if shared else result
+
+    def _load_shared(self, state_dict: Mapping[str, Any]) -> None:
+        self._set_shared(load_shared(state_dict.get("around"), self._shared()))
+
+    def _import_group(self, group: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+        return torch_format.import_group(self._dialect(), group, self.defaults, ours)
+
+    def _import_state(self, entry: Any, group: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
+        if entry is None:
+            return None
+        entry = torch_format.import_state(self._dialect(), entry, group)
+        if not self._stores_step(group) and "step" in ours:
+            entry.setdefault("step", ours["step"])
+        return entry
+
+    def _dialect(self) -> torch_format.Dialect:
+        return torch_format.dialect_of(self.maker.factory)
+
+    def torch_state_dict(self, param_names: Sequence[str] | None = None) -> dict[str, Any]:
+        """The state dict for torch.optim's optimizer of the same name, with torch tensors.
+
+        ``torch_optimizer.load_state_dict(opt.torch_state_dict(names))`` continues the run there,
+        if its parameters hold the same values.
+
+        Args:
+          param_names: our names in the order in which torch has its parameters, group after
+            group; torch assigns states by position. By default our own order, which for dicts
+            is sorted.
+
+        Raises:
+          ImportError: if torch is not installed.
+          ValueError: if ``param_names`` are not the names of all parameters, group after group,
+            or a group's value is a schedule, which torch has not.
+        """
+        with self.lock:
+            names = self._grouped_names() if param_names is None else list(param_names)
+            return torch_format.to_torch_state_dict(
+                self._dialect(), self.param_groups, self._full_entries(), names
+            )
+
+    # --- the parts that change, for jit and trace ------------------------------------------------
+
+    def hints(self) -> Any:
+        """See `Stateful`: which parameters are known to have equal clocks."""
+        return self._same
+
+    def take_hints(self, hints: Any) -> None:
+        """See `Stateful`."""
+        self._same, self._was_stepped = hints, True
+
+    def restore(self, arrays: list[Any], numbers: list[Any], refs: list[Any] | None = None) -> None:
+        """See `Stateful`."""
+        super().restore(arrays, numbers, refs)
+        self._checked = [self._hyper(group) for group in self.param_groups]
+
+    def skeleton(self) -> Any:
+        """See `Stateful`."""
+        twin = super().skeleton()
+        twin._same = None
+        return twin
+
+    def _array_lists(self) -> list[list[Any]]:
+        return [*self._trees, self._state]
+
+    def _state_names(self) -> list[str]:
+        names = [""] * len(self._state)
+        catalogue = self._catalogue()
+        for name, places in catalogue.of.items():
+            for key, place in places.items():
+                names[place.leaf] = f"{name}.{key}" if place.row is None else key
+        for path, place in catalogue.shared.items():
+            names[place.leaf] = path
+        return names
+
+    def _hashables(self) -> tuple[Any, ...]:
+        _, defaults = numbers.split(self.defaults, _is_any_number)
+        return (self._names, self._structure, self._groups, defaults)
+
+    def constants(self) -> list[Any]:
+        """See `Stateful`: the defaults, which only new groups take."""
+        return numbers.split(self.defaults, _is_any_number)[0]
+
+    def set_constants(self, constants: list[Any]) -> None:
+        """See `Stateful`."""
+        self.defaults = numbers.join(constants, numbers.split(self.defaults, _is_any_number)[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_state"] = self._structure.unflatten(self._state)
+        del state["_structure"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        leaves, structure = jax.tree.flatten(state["_state"])
+        super().__setstate__({**state, "_state": leaves, "_structure": structure})
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+
+def _is_any_number(key: str, value: Any) -> bool:
+    return is_number(value) or isinstance(value, Slot)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a leaf; a map over an optimizer may have put anything in its place."""
+    return jax.ShapeDtypeStruct(getattr(x, "shape", ()), getattr(x, "dtype", jnp.float32))
