@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from cerebras_jax.checkpoint.leaves import CheckpointError, DamagedError, Target
 
 _ARRAYS = "arrays"
+_DESCRIPTION = "_CHECKPOINT_METADATA"  # orbax's file, written last
 _NONE = {"-": np.zeros(1, np.int8)}  # orbax takes no empty tree
 
 
@@ -57,13 +59,21 @@ def read_text(path: Path) -> str:
     if not path.is_dir():
         raise CheckpointError(f"{path} is no checkpoint: that is a folder")
     with _damage(path):
-        found = _orbax().checkpointables_metadata(path).custom_metadata
+        found = _custom_metadata(path)
     if not isinstance(found, dict) or not isinstance(found.get("cerebras_jax"), str):
         raise CheckpointError(f"{path} is no checkpoint of cerebras_jax, or it is damaged")
     text = found["cerebras_jax"]
     if hashlib.sha256(text.encode()).hexdigest() != found.get("sha256"):
         raise DamagedError(f"{path} is damaged: its description is not what was saved")
     return text
+
+
+def _custom_metadata(path: Path) -> Any:
+    """What `write` put beside the arrays, without reading about each of them."""
+    file = path / _DESCRIPTION
+    if file.exists():
+        return json.loads(file.read_text("utf-8")).get("custom_metadata")
+    return _orbax().checkpointables_metadata(path).custom_metadata
 
 
 def read_arrays(path: Path, targets: Mapping[str, Target], context: Any) -> dict[str, Any]:
@@ -130,7 +140,7 @@ class Series:
         self._checkpointer.reload()
         found = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
         # One that was about to be deleted when the run was killed may lack its description.
-        return [step for step in found if (self.path(step) / "_CHECKPOINT_METADATA").exists()]
+        return [step for step in found if (self.path(step) / _DESCRIPTION).exists()]
 
     def is_due(self, step: int) -> bool:
         return self._checkpointer.should_save(step)
