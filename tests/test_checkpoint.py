@@ -348,6 +348,14 @@ def test_what_cannot_be_saved_is_named(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_averages_are_not_saved_as_parameters_in_training(tmp_path):
+    opt = optim.AdamWScheduleFree(params(), lr=0.1)
+    opt.step(grads(0))
+    opt.eval()
+    with pytest.raises(RuntimeError, match="for a checkpoint, was called in eval mode"):
+        cjax.save(tmp_path / "x", opt=opt)
+
+
 def test_a_checkpoint_is_not_overwritten_by_accident(tmp_path):
     cjax.save(tmp_path / "x", x=jnp.ones(2))
     with pytest.raises(ValueError, match="exists already"):

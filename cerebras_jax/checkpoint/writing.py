@@ -1,5 +1,6 @@
 """From objects to the arrays and the text of a checkpoint."""
 
+import contextlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -51,14 +52,20 @@ def packed(step: int | None, objects: Mapping[str, Any], verify: bool) -> tuple[
     text = {
         "format": FORMAT,
         "step": step,
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("cerebras_jax", "jax", "orbax-checkpoint")
-        },
+        "versions": _versions(),
         "arrays": entries,
         "objects": about,
     }
     return written, json.dumps(text, allow_nan=False)
+
+
+def _versions() -> dict[str, str]:
+    """Of what writes; a package that is merely on the path has none."""
+    found = {}
+    for name in ("cerebras_jax", "jax", "orbax-checkpoint"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _whole(x: Any) -> Any:
