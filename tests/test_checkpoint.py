@@ -371,8 +371,11 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(cjax.CheckpointError, match="is no checkpoint"):
         cjax.restore(tmp_path / "file", x=0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(cjax.CheckpointError):
+    with pytest.raises(cjax.CheckpointError, match="empty is no checkpoint"):
         cjax.restore(tmp_path / "empty", x=0)
+    cjax.save(tmp_path / "run" / "12", x=0)
+    with pytest.raises(cjax.CheckpointError, match="run is no checkpoint, .* it has steps 12"):
+        cjax.restore(tmp_path / "run", x=0)
 
 
 @pytest.mark.parametrize(

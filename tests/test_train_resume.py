@@ -191,4 +191,4 @@ def test_inspect(tmp_path, whole):
         assert "opt/params/embedding.embedding: float32[256, 8]" in result.output
     result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
     assert result.exit_code == 2
-    assert "cannot be read" in result.stderr
+    assert "is no checkpoint" in result.stderr

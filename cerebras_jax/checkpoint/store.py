@@ -56,24 +56,19 @@ def read_text(path: Path) -> str:
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no checkpoint: that is a folder")
+    file = path / _DESCRIPTION
+    if not file.exists():
+        steps = sorted((x.name for x in path.glob("*") if x.name.isdecimal()), key=int)
+        hint = f"; it has steps {', '.join(steps[-5:])}" if steps else ""
+        raise CheckpointError(f"{path} is no checkpoint, or lacks its description{hint}")
     with _damage(path):
-        found = _custom_metadata(path)
+        found = json.loads(file.read_text("utf-8")).get("custom_metadata")
     if not isinstance(found, dict) or not isinstance(found.get("cerebras_jax"), str):
         raise CheckpointError(f"{path} is no checkpoint of cerebras_jax, or it is damaged")
     text = found["cerebras_jax"]
     if hashlib.sha256(text.encode()).hexdigest() != found.get("sha256"):
         raise DamagedError(f"{path} is damaged: its description is not what was saved")
     return text
-
-
-def _custom_metadata(path: Path) -> Any:
-    """What `write` put beside the arrays, without reading about each of them."""
-    file = path / _DESCRIPTION
-    if file.exists():
-        return json.loads(file.read_text("utf-8")).get("custom_metadata")
-    return _orbax().checkpointables_metadata(path).custom_metadata
 
 
 def read_arrays(path: Path, targets: Mapping[str, Target], context: Any) -> dict[str, Any]:
@@ -101,6 +96,8 @@ def _abstract(target: Target) -> Any:
 def _damage(path: Path) -> Iterator[None]:
     try:
         yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
     except Exception as error:  # whatever orbax, zarr or JSON say of broken files
         lines = str(error).strip().splitlines() or [""]
         raise DamagedError(

@@ -1,6 +1,7 @@
 """From objects to the arrays and the text of a checkpoint."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from cerebras_jax.checkpoint.fingerprint import fingerprints
 from cerebras_jax.checkpoint.nodes import Nodes
@@ -56,7 +58,23 @@ def packed(step: int | None, objects: Mapping[str, Any], verify: bool) -> tuple[
         "arrays": entries,
         "objects": about,
     }
-    return written, json.dumps(text, allow_nan=False)
+    dumped = json.dumps(text, allow_nan=False)
+    _check_processes(dumped)
+    return written, dumped
+
+
+def _check_processes(text: str) -> None:
+    """Refuses to save what one process alone would write, if others hold something else."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
+    differing = [i for i, other in enumerate(digests) if (other != digests[0]).any()]
+    if differing:
+        raise ValueError(
+            f"processes {differing} hold other numbers than process 0 in what is no array, such as "
+            "param_groups, schedulers or the place in the data; only what all share can be saved"
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -295,4 +295,5 @@ def _is_any_number(key: str, value: Any) -> bool:
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
     """The shape of a leaf; a map over an optimizer may have put anything in its place."""
-    return jax.ShapeDtypeStruct(getattr(x, "shape", ()), getattr(x, "dtype", jnp.float32))
+    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+    return jax.ShapeDtypeStruct(shape or (), jnp.float32 if dtype is None else dtype)

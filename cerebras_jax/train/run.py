@@ -285,6 +285,8 @@ def train(
         if reporter.steps_done or stopped is None:
             failures = _write_results(run, reporter, folder, interrupts, stopped, checkpoints)
     if stopped is not None and not reporter.steps_done:
+        if checkpoints is not None:
+            checkpoints.close()
         run_folder.discard(folder)
     return _result(reporter.records, interrupts.count > 0, stopped, failures)
 
