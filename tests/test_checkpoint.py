@@ -1,6 +1,8 @@
 """Checkpoints: what is saved comes back bit for bit, in all forms and kinds of objects."""
 
 import itertools
+import tarfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -313,6 +315,47 @@ def test_arrays_come_back_where_they_are_wanted(tmp_path):
     )["x"]
     assert half.sharding == NamedSharding(mesh, P("a"))
     assert same(half, x.astype(jnp.bfloat16))
+
+
+def test_64_bits_into_32(tmp_path):
+    with jax.enable_x64(True):
+        saved = {"x": jnp.arange(8.0) / 3, "n": jnp.arange(8)}
+        cjax.save(tmp_path / "x", **saved)
+    sharding = NamedSharding(jax.make_mesh((8,), ("a",)), P("a"))
+    like = {
+        "x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding),
+        "n": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    found = cjax.restore(tmp_path / "x", **like)
+    assert same(found["x"], (np.arange(8.0) / 3).astype(np.float32))
+    assert found["x"].sharding == sharding
+    assert same(found["n"], np.arange(8, dtype=np.int32))
+
+
+def test_checkpoints_of_the_first_format_stay_readable(tmp_path):
+    """Written by version 0.1.0; the values follow from its program."""
+    with tarfile.open(Path(__file__).parent / "golden" / "checkpoint_1.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    made = first_format()
+    opt, sched = made["opt"], made["sched"]
+    expected = cjax.fingerprint(opt.parts().arrays), sched.state_dict()
+    shuffle(opt, 6)
+    sched.step()
+    found = cjax.restore(tmp_path / "checkpoint_1", **made)
+    assert (cjax.fingerprint(opt.parts().arrays), sched.state_dict()) == expected
+    assert found.step == 3
+    assert same(found["key"], jax.random.key(7))
+    assert found["note"] == {"text": "one", "pair": (1, None), "rate": 0.5}
+
+
+def first_format():
+    opt = optim.AdamW(params(), lr=0.1, weight_decay=0.1)
+    shuffle(opt, 5)
+    sched = optim.lr_scheduler.CosineDecayLR(opt, 0.1, 0.01, 20)
+    for _ in range(3):
+        sched.step()
+    note = {"text": "one", "pair": (1, None), "rate": 0.5}
+    return {"opt": opt, "sched": sched, "key": jax.random.key(7), "note": note}
 
 
 def test_a_sharded_optimizer_comes_back_to_its_shards(tmp_path):

@@ -93,12 +93,14 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def target_of(entry: Mapping[str, Any]) -> Target:
+    """What a checkpoint's text says of an array."""
     return Target(tuple(entry["shape"]), jnp.dtype(entry["dtype"]), None)
 
 
 def restore_objects(
     path: Path, objects: Mapping[str, Any], options: Options, verify: bool, context: Any
 ) -> Restored:
+    """Compares, fetches, verifies, and then changes all of the objects; see `files.restore`."""
     if not objects:
         raise ValueError("there is nothing to restore; name the objects, like opt=opt")
     about, report = read_about(path), Report()

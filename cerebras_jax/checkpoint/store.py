@@ -87,7 +87,8 @@ def read_arrays(path: Path, targets: Mapping[str, Target], context: Any) -> dict
 
 
 def _abstract(target: Target) -> Any:
-    if target.sharding is None:  # takes no memory
+    is_jax = jax.dtypes.canonicalize_dtype(target.dtype) == target.dtype  # 64 bits are NumPy's
+    if target.sharding is None or not is_jax:  # takes no memory
         return np.broadcast_to(np.zeros((), target.dtype), target.shape)
     return jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=target.sharding)
 
