@@ -99,13 +99,6 @@ class Text(str):
     """The repr of a value that a file can not hold, such as a schedule or a function."""
 
 
-def array_paths(packed: Any) -> list[str]:
-    """The paths of the arrays of a packed value."""
-    found: list[str] = []
-    unpack(packed, found.append)
-    return found
-
-
 def shown_packed(packed: Any) -> str:
     """A packed value in messages."""
     value = unpack(packed, str)

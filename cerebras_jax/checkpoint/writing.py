@@ -34,7 +34,10 @@ def packed(step: int | None, objects: Mapping[str, Any], verify: bool) -> tuple[
                 about[name][path], arrays = node.record()
             except jax.errors.ConcretizationTypeError:
                 raise RuntimeError(_TRACED) from None
-            found |= {join(name, path, local): x for local, x in arrays.items()}
+            mine = {join(name, path, local): x for local, x in arrays.items()}
+            if twice := sorted(mine.keys() & found.keys()):
+                raise ValueError(f"two arrays are called {twice[0]!r}")
+            found |= mine
     if any_traced(found.values()):
         raise RuntimeError(_TRACED)
     shapes = [x for x, y in found.items() if isinstance(y, jax.ShapeDtypeStruct)]
