@@ -168,6 +168,24 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, form):
     assert same(go(dict(found.objects), step, range(3, 6)), expected)
 
 
+def test_a_resumed_run_has_the_program_of_the_one_before(tmp_path, compilations):
+    """Or the last bits of NAdam, whose clocks enter several terms, would be others."""
+
+    @cjax.trace
+    def step(opt, g):
+        opt.step(g)
+
+    opt, other = (optim.NAdam(params(), lr=0.1) for _ in range(2))
+    for i in range(3):
+        step(opt, grads(i))
+    cjax.save(tmp_path / "x", opt=opt)
+    cjax.restore(tmp_path / "x", opt=other)
+    step(opt, g := grads(3))
+    with compilations(0):
+        step(other, g)
+    assert same(other.params, opt.params)
+
+
 # --- one layout for all forms ---------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from cerebras_jax.checks import is_number
 from cerebras_jax.engine.hyper import normalize, saturating_increment
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_shared
-from cerebras_jax.optim import entries, numbers
+from cerebras_jax.optim import clocks, entries, numbers
 from cerebras_jax.optim.entries import Catalogue, NamedState, StateView
 from cerebras_jax.optim.makers import Maker, RuleMaker
 from cerebras_jax.optim.optimizer import Optimizer
@@ -162,11 +162,11 @@ class PairOptimizer(Optimizer):
 
     def _set_named_state(self, state: NamedState) -> None:
         known = self._catalogue()
-        clocks = {
+        scalars = {
             name: {key: named[name] for key, named in state.clocks.items() if name in named}
             for name in known.of
         }
-        self._set_entries({n: state.states.get(n, {}) | clocks[n] for n in known.of})
+        self._set_entries({n: state.states.get(n, {}) | scalars[n] for n in known.of})
         self._set_shared({k: v for k, v in state.shared.items() if k in known.shared})
         attributes = [v for k, v in state.shared.items() if k not in known.shared]
         self._refill(Fill(iter(attributes), None))
@@ -233,6 +233,8 @@ class PairOptimizer(Optimizer):
 
     def hints(self) -> Any:
         """See `Stateful`: which parameters are known to have equal clocks."""
+        if self._same is None:  # after loading: a resumed run has the program of the one before
+            self._same = clocks.known(self._members(), self._catalogue().of, self._state)
         return self._same
 
     def take_hints(self, hints: Any) -> None:
