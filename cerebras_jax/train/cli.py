@@ -16,11 +16,15 @@ from cerebras_jax.checkpoint import Checkpoints, inspect
 from cerebras_jax.messages import shown
 from cerebras_jax.recipe import Recipe, load_recipe
 from cerebras_jax.train import data, folder, report
-from cerebras_jax.train.run import MAY_DIFFER, RANGES, Run, TrainSettings, train
+from cerebras_jax.train.run import RANGES, Run, TrainSettings, train
 from cerebras_jax.yaml_config import read_config
 
 # What a user, a disk or a device does wrong; anything else is our mistake and shows a traceback.
 _EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, JaxRuntimeError)
+
+
+# What of the section ``train`` may be another when a run is resumed.
+_MAY_DIFFER = ("steps", "eval_every", "save_every", "keep")
 
 
 class WrongInput(click.ClickException):
@@ -168,14 +172,14 @@ def _resume(run: Run, run_folder: Path, checkpoints: Checkpoints | None) -> int:
 def _check_same(stored: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
     """Refuses to resume a run with another configuration."""
     ours, theirs = (
-        {**config, "train": {k: v for k, v in config["train"].items() if k not in MAY_DIFFER}}
+        {**config, "train": {k: v for k, v in config["train"].items() if k not in _MAY_DIFFER}}
         for config in (resolved, stored)
     )
     for key in dict.fromkeys([*theirs, *ours]):
         if ours.get(key) != theirs.get(key):
             raise ValueError(
                 f"--resume: {key} is {shown(ours.get(key))}, it was {shown(theirs.get(key))} when "
-                f"the run was begun; only {', '.join(MAY_DIFFER)} may differ"
+                f"the run was begun; only {', '.join(_MAY_DIFFER)} may differ"
             )
 
 

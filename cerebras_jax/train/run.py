@@ -43,9 +43,6 @@ RANGES = {
     "keep": (1, 2**31 - 1),
 }
 
-MAY_DIFFER = ("steps", "eval_every", "save_every", "keep")
-"""What of the section ``train`` may be another when a run is resumed."""
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
@@ -261,9 +258,6 @@ def train(
     run that ends before its first step leaves nothing.
 
     Args:
-      run: what to train.
-      folder: of the run.
-      console: to show progress on.
       checkpoints: where to save, if at all.
       start: how many steps were taken already.
     """
