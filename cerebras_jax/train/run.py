@@ -48,8 +48,7 @@ RANGES = {
 class TrainSettings:
     """Everything about a run that is not the optimizer: the section ``train`` of a config.
 
-    A checkpoint is written every ``save_every`` steps and at the end, never if that is 0; the
-    latest ``keep`` stay.
+    A checkpoint is written every ``save_every`` steps and at the end; with 0, never.
     """
 
     steps: int = 500
