@@ -21,6 +21,7 @@ FLOORS = [
     {"engine.hyper", "engine.rounding", "engine.trees", "engine.xla_cpu"},
     {"engine.leaf", "engine.foreign"},
     {"engine.lift"},
+    {"engine.full_precision"},
     {"rule"},
     {"transforms", "transforms.branch", "transforms.clipping", "transforms.loss_scale"},
     {"transforms.agc", "transforms.averages", "transforms.cautious", "transforms.grouped"},

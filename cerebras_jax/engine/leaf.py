@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cerebras_jax import checks
 from cerebras_jax.engine import rounding, xla_cpu
@@ -149,6 +150,38 @@ def leaf_steps(params: Sequence[Array]) -> list[Callable[..., Any]]:
         step_leaf if count[t] == 1 and checks.is_traced(p) else _step_leaf_of_a_kind
         for t, p in zip(types, params, strict=True)
     ]
+
+
+def is_rounded(p: Any) -> bool:
+    """Whether a parameter has fewer bits than it is computed with, and the exponent of float32."""
+    return p.dtype == jnp.bfloat16
+
+
+def check_roundable(
+    mode: Rounding, leaves: Sequence[Any], names: Callable[[], Sequence[str]]
+) -> None:
+    """Refuses float16 parameters, which are no halves of float32 numbers."""
+    for i, p in enumerate(leaves):
+        if p.dtype == jnp.float16:
+            raise ValueError(
+                f"rounding={mode!r} is for bfloat16 parameters, whose exponent is that of "
+                f"float32; {names()[i]!r} is float16"
+            )
+
+
+def draws_of(
+    mode: Rounding, names: Callable[[], Sequence[str]], states: Any, count: Array
+) -> Callable[[int, Array], Any]:
+    """For leaf i, what its random numbers depend on: see `step_leaf`."""
+    keys = ["", *(f".{name}" for name, tree in fields(states) if tree is not None)]
+
+    def draws(i: int, p: Array) -> Any:
+        if mode != "stochastic" or not is_rounded(p):
+            return None
+        paths = [rounding.path_number(names()[i] + key) for key in keys]
+        return jnp.asarray(np.array(paths)), count if count.ndim == 0 else count[i]
+
+    return draws
 
 
 def _checked_update(factory: Callable[..., Rule], result: Any, s: Any, p: Array) -> Any:

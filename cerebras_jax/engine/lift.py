@@ -16,8 +16,16 @@ import optax
 
 from cerebras_jax.checks import check_choice, check_state_dtype
 from cerebras_jax.engine import hyper as hypers
-from cerebras_jax.engine import rounding as rounding_bits
-from cerebras_jax.engine.leaf import Rounding, StateDtype, fields, init_leaf, leaf_steps
+from cerebras_jax.engine.leaf import (
+    Rounding,
+    StateDtype,
+    check_roundable,
+    draws_of,
+    fields,
+    init_leaf,
+    is_rounded,
+    leaf_steps,
+)
 from cerebras_jax.engine.rule import Rule
 from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
 from cerebras_jax.types import Array, Params
@@ -176,8 +184,8 @@ def lift(
         rule = factory(**hypers.at_step(hyper, 0))
         arrays = [as_array(p) for p in leaves]
         if rounding != "nearest":
-            _check_roundable(rounding, arrays, lambda: leaf_paths(params))
-        wide = [x.astype(jnp.float32) if keeps_bits and _is_rounded(x) else x for x in arrays]
+            check_roundable(rounding, arrays, lambda: leaf_paths(params))
+        wide = [x.astype(jnp.float32) if keeps_bits and is_rounded(x) else x for x in arrays]
         rows = [init_leaf(rule, state_dtype, x) for x in wide]
         kind = type(rows[0] if rows else _scalar_state(rule))
         check_state_dtype(kind._fields, state_dtype)
@@ -187,7 +195,7 @@ def lift(
             clock=jax.tree.map(lambda x: jnp.full(shape, hypers.as_number(x)), rule.clock),
             states=_columns(kind, treedef, rows) if rows else _no_rows(rule, treedef),
             low_bits=treedef.unflatten(
-                [jnp.zeros_like(x, jnp.int16) if _is_rounded(x) else None for x in arrays]
+                [jnp.zeros_like(x, jnp.int16) if is_rounded(x) else None for x in arrays]
             )
             if keeps_bits
             else None,
@@ -217,7 +225,7 @@ def lift(
         low_bits = [None] * len(rows)
         if keeps_bits:
             low_bits = align(treedef, state.low_bits, "low_bits", names)
-        draws_of = _draws(rounding, names, state)
+        draws = draws_of(rounding, names, state.states, state.count)
         for i, (g, s, p) in enumerate(zip(g_leaves, rows, p_leaves, strict=True)):
             if g is None:
                 # p + -0.0 is p, whatever p is
@@ -232,7 +240,7 @@ def lift(
                     s,
                     p,
                     low_bits[i],
-                    draws_of(i, p),
+                    draws(i, p),
                 )
             updates.append(u)
             new_rows.append(new)
@@ -241,74 +249,6 @@ def lift(
         return treedef.unflatten(updates), RuleState(count, clock, states, bits)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
-
-
-# --- rounding -------------------------------------------------------------------------------------
-
-
-def _is_rounded(p: Any) -> bool:
-    return p.dtype == jnp.bfloat16
-
-
-def _check_roundable(
-    rounding: Rounding, leaves: Sequence[Any], names: Callable[[], Sequence[str]]
-) -> None:
-    for i, p in enumerate(leaves):
-        if p.dtype == jnp.float16:
-            raise ValueError(
-                f"rounding={rounding!r} is for bfloat16 parameters, whose exponent is that of "
-                f"float32; {names()[i]!r} is float16"
-            )
-
-
-def _draws(
-    rounding: Rounding, names: Callable[[], Sequence[str]], state: RuleState
-) -> Callable[[int, Array], Any]:
-    """For leaf i, what its random numbers depend on: see `step_leaf`."""
-    keys = ["", *(f".{name}" for name, tree in fields(state.states) if tree is not None)]
-
-    def draws(i: int, p: Array) -> Any:
-        if rounding != "stochastic" or not _is_rounded(p):
-            return None
-        paths = [rounding_bits.path_number(names()[i] + key) for key in keys]
-        count = state.count if state.count.ndim == 0 else state.count[i]
-        return jnp.asarray(np.array(paths)), count
-
-    return draws
-
-
-def full_precision(params: Params, state: Any) -> Any:
-    """The float32 values of bfloat16 parameters that were trained with ``rounding="exact"``.
-
-    Args:
-      params: the parameters.
-      state: their optax state, in whatever wrappers.
-
-    Returns:
-      a tree like the parameters; those without bits in the state are widened, others stay.
-
-    >>> from cerebras_jax import optim
-    >>> tx = optim.sgd(lr=1.0, rounding="exact")
-    >>> params = {"w": jnp.ones(1, jnp.bfloat16)}
-    >>> updates, state = tx.update({"w": jnp.full(1, 2.0**-12)}, tx.init(params), params)
-    >>> params = optax.apply_updates(params, updates)
-    >>> params["w"], full_precision(params, state)["w"]
-    (Array([1], dtype=bfloat16), Array([0.99975586], dtype=float32))
-    """
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RuleState))
-    bits: dict[str, Array] = {}
-    for node in nodes:
-        if isinstance(node, RuleState) and node.low_bits is not None:
-            paths, leaves = leaf_paths(node.low_bits), jax.tree.leaves(node.low_bits)
-            bits |= zip(paths, leaves, strict=True)
-    leaves, treedef = jax.tree.flatten(params)
-    wide = [
-        rounding_bits.join(p, bits[name] if name in bits else jnp.zeros_like(p, jnp.int16))
-        if _is_rounded(p)
-        else p
-        for name, p in zip(leaf_paths(params), leaves, strict=True)
-    ]
-    return treedef.unflatten(wide)
 
 
 # --- clocks ---------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Optimizers: pure functions in lower case, PyTorch-style classes in CamelCase."""
 
-from cerebras_jax.engine.lift import full_precision
+from cerebras_jax.engine.full_precision import full_precision
 from cerebras_jax.optim import lr_scheduler, weight_decay_scheduler
 from cerebras_jax.optim.algorithms.adadelta import Adadelta, adadelta
 from cerebras_jax.optim.algorithms.adafactor import Adafactor, adafactor
