@@ -2,13 +2,19 @@
 
 import os
 
+from compiled import OLDER_EMITTER
+
 # XLA's older emitter of loops compiles these small programs in half the time, with the same passes
-# over the program and the same optimization of its loops. The caller's flags win: a run with all
-# defaults is ``XLA_FLAGS="--xla_cpu_use_fusion_emitters=true" pytest``.
-os.environ["XLA_FLAGS"] = (
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
-    + os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
+# over the program and the same optimization of its loops. jaxlib 0.10 has it; later ones abort on
+# a flag that they do not know. The caller's flags win: a run with all defaults is
+# ``XLA_FLAGS="--xla_cpu_use_fusion_emitters=true" pytest``.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        f"--{OLDER_EMITTER}=false" if OLDER_EMITTER else "",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    ]
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
