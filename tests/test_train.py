@@ -21,7 +21,6 @@ CONFIG = {
         "optimizer_type": "AdamW",
         "weight_decay": 0.1,
         "max_gradient_norm": 1.0,
-        "loss_scaling_factor": "dynamic",
         "learning_rate": [
             {
                 "scheduler": "Linear",
@@ -81,7 +80,8 @@ def test_a_run(tmp_path, text):
     assert [r["lr"] for r in records if "loss" in r][:6] == pytest.approx(
         [0.0, 0.002, 0.004, 0.006, 0.008, 0.01]
     )
-    assert list(records[1]) == ["step", "loss", "lr", "weight_decay", "tokens_per_s", "seconds"]
+    known = "step loss lr weight_decay gradient_norm tokens_per_s seconds"
+    assert list(records[1]) == known.split()
     assert {r["weight_decay"] for r in records if "loss" in r} == {0.1}
     assert all(r["tokens_per_s"] > 0 for r in records if "loss" in r)
     held_out = [r["held_out_loss"] for r in records if "held_out_loss" in r]
@@ -293,9 +293,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, text, monkeypatch, va
     step = run.Run.step
 
     def diverge(self, tokens):
-        loss = step(self, tokens)
+        loss, seen = step(self, tokens)
         steps.append(loss)
-        return float(value) if len(steps) > 7 else loss
+        return (float(value) if len(steps) > 7 else loss), seen
 
     steps = []
     monkeypatch.setattr(run.Run, "step", diverge)
@@ -457,3 +457,34 @@ def test_no_more_is_read_than_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_LIMIT", 1000)
     (tmp_path / "long.txt").write_text("x" * 5000)
     assert sum(map(len, data.load_text(tmp_path / "long.txt")[:2])) == 1000
+
+
+def test_a_run_that_skips_scales_and_accumulates(tmp_path, text, monkeypatch):
+    """One batch is not finite: the run goes on, the schedule and the scale tell of it."""
+    step, steps = run.Run.step, []
+
+    def poisoned(self, tokens):
+        steps.append(tokens)
+        if len(steps) == 4:
+            self.opt.set_parameter("embedding.embedding", embedding(self) * np.inf)
+            result = step(self, tokens)
+            self.opt.set_parameter("embedding.embedding", kept[0])
+            return result
+        kept[:] = [embedding(self)]
+        return step(self, tokens)
+
+    def embedding(self):
+        return np.array(dict(self.opt.named_parameters())["embedding.embedding"])
+
+    kept = []
+    monkeypatch.setattr(run.Run, "step", poisoned)
+    scaled = {"loss_scaling_factor": "dynamic", "grad_accum_steps": 2}
+    config = {**CONFIG, "optimizer": {**CONFIG["optimizer"], **scaled}}
+    result, out = invoke(tmp_path, config, "--data", str(text))
+    assert result.exit_code == 0, result.output
+    records = [r for r in read_metrics(out) if "loss" in r]
+    assert [r["step"] for r in records if r["loss"] is None] == [3]
+    assert [r.get("skipped_steps", 0) for r in records[:6]] == [0, 0, 0, 1, 1, 1]
+    assert records[3]["lr"] == records[4]["lr"]  # the schedule waits
+    assert records[0]["loss_scale"] == 2.0**15
+    assert records[4]["loss_scale"] == 2.0**14

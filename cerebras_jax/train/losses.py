@@ -2,7 +2,7 @@
 
 import collections
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ class Loss(NamedTuple):
     value: float
     seconds: float  # that the device took for the step
     time: float  # of `time.perf_counter`
+    more: dict[str, float] = {}  # what else was seen in the step
 
 
 class LateLosses:
@@ -43,9 +44,9 @@ class LateLosses:
         finally:
             self._reader.shutdown(cancel_futures=True)
 
-    def put(self, step: int, started: float, loss: Any) -> None:
-        """Takes the loss of a step that was dispatched at ``started``."""
-        self._pending.append((step, started, self._reader.submit(_read, loss)))
+    def put(self, step: int, started: float, loss: Any, more: Mapping[str, Any] = {}) -> None:
+        """Takes the loss of a step that was dispatched at ``started``, and other scalars of it."""
+        self._pending.append((step, started, self._reader.submit(_read, loss, more)))
         self._drain(_MOST)
 
     def flush(self) -> None:
@@ -56,15 +57,16 @@ class LateLosses:
         while self._pending and (len(self._pending) > most or self._pending[0][2].done()):
             step, started, future = self._pending[0]
             try:
-                value, now = future.result()
+                value, more, now = future.result()
                 self._pending.popleft()
-                self._report(Loss(step, value, now - max(started, self._last), now))
+                self._report(Loss(step, value, now - max(started, self._last), now, more))
             except Exception:
                 self._pending.clear()  # one error is told, not those that follow from it
                 raise
             self._last = now
 
 
-def _read(loss: Any) -> tuple[float, float]:
+def _read(loss: Any, more: Mapping[str, Any]) -> tuple[float, dict[str, float], float]:
     value = float(loss)
-    return value, time.perf_counter()
+    now = time.perf_counter()
+    return value, {name: float(x) for name, x in more.items()}, now

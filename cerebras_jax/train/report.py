@@ -1,6 +1,7 @@
 """What a training run shows and leaves behind: progress, metrics, a picture."""
 
 import json
+import math
 import textwrap
 import time
 import warnings
@@ -83,7 +84,8 @@ class Reporter:
         values["seconds"] = round(now - self.start, 3)
         self.records.append(values)
         self.steps_done += "loss" in values
-        self.file.write(json.dumps(values) + "\n")
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         text = "  ".join(f"{k} {_format(k, v)}" for k, v in values.items() if k != "weight_decay")
         if self.progress:
@@ -116,9 +118,15 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     title = textwrap.fill(printable(title), 90)
-    figure = Figure(figsize=(8, 5.5), layout="constrained", dpi=120)
-    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     train = [r for r in records if "loss" in r]
+    norms = [r for r in train if "gradient_norm" in r]
+    figure = Figure(figsize=(8, 6.5 if norms else 5.5), layout="constrained", dpi=120)
+    loss, rate, *others = figure.subplots(
+        2 + bool(norms), 1, sharex=True, height_ratios=[3, 1, *[1] * bool(norms)]
+    )
+    for norm in others:
+        norm.plot([r["step"] for r in norms], [r["gradient_norm"] for r in norms], color="tab:gray")
+        norm.set(ylabel="gradient norm", yscale="log")
     held_out = [r for r in records if "held_out_loss" in r]
     loss.plot([r["step"] for r in train], [r["loss"] for r in train], lw=1, label="training")
     loss.plot(
@@ -133,8 +141,8 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
     rate.plot([r["step"] for r in train], [r["lr"] for r in train], color="tab:green")
     rate.set_ylabel("learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate.set_xlabel("step")
-    for axes in (loss, rate):
+    figure.axes[-1].set_xlabel("step")
+    for axes in figure.axes:
         axes.margins(x=0.01)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)

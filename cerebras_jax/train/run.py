@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from cerebras_jax.trace import trace
 from cerebras_jax.train import data, gpt, report
 from cerebras_jax.train import folder as run_folder
 from cerebras_jax.train.losses import LateLosses, Loss
+from cerebras_jax.transforms.accumulate import accumulate
+from cerebras_jax.transforms.loss_scale import GradScaler
 
 _EVAL_BATCHES = 8
 
@@ -41,14 +43,18 @@ RANGES = {
     "seed": (0, 2**32 - 1),
     "save_every": (0, 2**31 - 1),
     "keep": (1, 2**31 - 1),
+    "grad_accum_steps": (1, 2**16),
 }
+MOST_SKIPS = 10
+"""So many steps in a row that are not taken end a run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
     """Everything about a run that is not the optimizer: the section ``train`` of a config.
 
-    A checkpoint is written every ``save_every`` steps and at the end; with 0, never.
+    A checkpoint is written every ``save_every`` steps and at the end; with 0, never. Batches are
+    computed in ``grad_accum_steps`` parts, or, with 1, in as many as the optimizer's section says.
     """
 
     steps: int = 500
@@ -61,6 +67,7 @@ class TrainSettings:
     seed: int = 0
     save_every: int = 500
     keep: int = 2
+    grad_accum_steps: int = 1
 
     def __post_init__(self) -> None:
         for name, (least, most) in RANGES.items():
@@ -70,6 +77,11 @@ class TrainSettings:
                     f"train.{name} must be a whole number from {least} to {most}, got "
                     f"{shown(value)}"
                 )
+        if self.batch_size % self.grad_accum_steps:
+            raise ValueError(
+                "train.batch_size must be a multiple of train.grad_accum_steps, got "
+                f"{self.batch_size}, {self.grad_accum_steps}"
+            )
         if self.width % self.heads:
             raise ValueError(
                 f"train.width must be a multiple of train.heads, got {self.width}, {self.heads}"
@@ -113,13 +125,36 @@ class Result:
     failures: Mapping[str, Exception]
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """In how many parts a batch is computed; static in a traced step."""
+
+    number: int
+
+    def loss(self, tokens: Any) -> Callable[[Any], Any]:
+        """The loss of a batch, as a function of the model."""
+        if self.number == 1:
+            return lambda model: gpt.cross_entropy(model, tokens)
+        return accumulate(gpt.cross_entropy, tokens, self.number)
+
+
 @trace
-def train_step(opt: Optimizer, schedulers: list[Scheduler], tokens: Any) -> jax.Array:
-    """Forward, backward, update and schedules; returns the loss."""
-    loss = opt.step(lambda model: gpt.cross_entropy(model, tokens))
+def train_step(
+    opt: Optimizer,
+    schedulers: list[Scheduler],
+    scaler: GradScaler | None,
+    parts: Parts,
+    tokens: Any,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Forward, backward, update and schedules; returns the loss, and what else was seen."""
+    scaled = {} if scaler is None else {"scaler": scaler}
+    seen = {} if scaler is None else {"loss_scale": scaler.state.loss_scale}
+    loss = opt.step(parts.loss(tokens), **scaled)
     for scheduler in schedulers:
         scheduler.step()
-    return loss
+    if "measure_gradients" in opt.settings:
+        seen |= opt.report._asdict()  # pyright: ignore
+    return loss, seen
 
 
 evaluate = nnx.jit(gpt.cross_entropy)
@@ -128,8 +163,8 @@ evaluate = nnx.jit(gpt.cross_entropy)
 class Run:
     """A run between two steps.
 
-    What changes from step to step is the model, the optimizer and the schedulers; the batches
-    follow from the seed and the number of the step. So these three and that number are a run's
+    What changes from step to step is the model, the optimizer, the schedulers and the scaler; the
+    batches follow from the seed and the number of the step. So these and that number are a run's
     whole state.
     """
 
@@ -150,6 +185,10 @@ class Run:
             rngs=nnx.Rngs(settings.seed),
         )
         self.opt, self.schedulers = recipe.optimizer(self.model)
+        if "measure_gradients" in self.opt.settings:
+            self.opt.measure_gradients = True  # pyright: ignore
+        self.scaler = recipe.scaler()
+        self.parts = Parts(_parts(recipe, settings))
         self.scheduled = {
             key: recipe.schedule(key) for key in ("lr", "weight_decay") if recipe.has(key)
         }
@@ -171,9 +210,9 @@ class Run:
         """The windows of text of step number ``step``."""
         return self._batch(self.text.train, np.random.default_rng((self.settings.seed, step)))
 
-    def step(self, tokens: np.ndarray) -> jax.Array:
-        """One training step; its loss, still on its way."""
-        return train_step(self.opt, self.schedulers, tokens)
+    def step(self, tokens: np.ndarray) -> tuple[jax.Array, dict[str, Any]]:
+        """One training step; its loss and what else was seen, still on their way."""
+        return train_step(self.opt, self.schedulers, self.scaler, self.parts, tokens)
 
     def held_out_loss(self) -> float:
         """The mean loss over the same few batches every time."""
@@ -190,7 +229,8 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         text = hashlib.sha256(self.text.train.tobytes()).hexdigest()
-        return {"opt": self.opt, "schedulers": self.schedulers, "text": text}
+        state = {"opt": self.opt, "schedulers": self.schedulers, "text": text}
+        return state if self.scaler is None else {**state, "scaler": self.scaler}
 
     def resume(self, checkpoints: Checkpoints) -> int:
         """Goes back to the latest checkpoint; the number of steps that it had taken.
@@ -210,6 +250,18 @@ class Run:
         """Text that the model writes."""
         key = jax.random.key(self.settings.seed)
         return gpt.generate(self.model, b"def ", 300, key, 0.8).decode("utf-8", "replace")
+
+
+def _parts(recipe: Recipe, settings: TrainSettings) -> int:
+    number = settings.grad_accum_steps
+    if number == 1:
+        number = recipe.grad_accum_steps
+    if settings.batch_size % number:
+        raise ValueError(
+            f"train.batch_size must be a multiple of grad_accum_steps, got "
+            f"{settings.batch_size}, {number}"
+        )
+    return number
 
 
 class Interrupts:
@@ -295,18 +347,27 @@ def _loop(
     tokens_per_step = settings.batch_size * settings.context
 
     def report_loss(loss: Loss) -> None:
-        numbers = run.numbers(loss.step)
-        if not math.isfinite(loss.value):
+        # Steps that were not taken do not count for the schedules.
+        skipped = int(loss.more.get("num_skipped_steps", 0))
+        took = bool(loss.more.get("took_step", True))
+        numbers = run.numbers(loss.step - skipped + (not took))
+        in_a_row = int(loss.more.get("skipped_in_a_row", 0))
+        if (took and not math.isfinite(loss.value)) or in_a_row >= MOST_SKIPS:
+            skips = f"; {in_a_row} steps in a row were not taken" if in_a_row else ""
             raise FloatingPointError(
                 f"the loss is {loss.value} at step {loss.step}, with the learning rate "
-                f"{numbers['lr']:g}"
+                f"{numbers['lr']:g}{skips}"
             )
+        seen = {k: v for k, v in loss.more.items() if k in ("gradient_norm", "loss_scale")}
+        if skipped:
+            seen["skipped_steps"] = skipped
         reporter.record(
             show=loss.step % max(settings.steps // 20, 1) == 0 or loss.step == settings.steps - 1,
             at=loss.time,
             step=loss.step,
             loss=loss.value,
             **numbers,
+            **seen,
             tokens_per_s=tokens_per_step / loss.seconds,
         )
 
@@ -320,7 +381,7 @@ def _loop(
                     reporter.record(True, step=step, held_out_loss=run.held_out_loss())
                 tokens = run.batch(step)
                 started = time.perf_counter()
-                losses.put(step, started, run.step(tokens))
+                losses.put(step, started, *run.step(tokens))
                 if checkpoints is not None and (step + 1) % settings.save_every == 0:
                     losses.flush()  # what is saved is finite, and its metrics are written
                     checkpoints.save(step + 1, **run.state())
