@@ -1,0 +1,147 @@
+"""Masks applied to trees: parameters, gradients, and the states of any optimizer."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cerebras_jax.rule import RuleState, align, leaf_paths
+from cerebras_jax.types import Array, Params
+
+
+class SparseState(NamedTuple):
+    """State of `sparsify`.
+
+    Attributes:
+      step: int32 scalar, the number of steps taken.
+      masks: a tree like the parameters: bool arrays of their shape, None for dense ones.
+      inner: the state of the wrapped transformation.
+    """
+
+    step: Array
+    masks: Params
+    inner: Any
+
+
+def find_state(state: Any) -> SparseState:
+    """The `SparseState` in the state of any optax transformation.
+
+    Raises:
+      ValueError: if there is none, or more than one.
+    """
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SparseState))
+    found = [x for x in nodes if isinstance(x, SparseState)]
+    if len(found) != 1:
+        raise ValueError(f"the state must hold one SparseState, found {len(found)}")
+    return found[0]
+
+
+def masks(state: Any) -> Params:
+    """The masks in a state: bool arrays like the parameters, None for dense ones."""
+    return find_state(state).masks
+
+
+def density(state: Any) -> dict[str, Array]:
+    """The fraction of entries that are on, by the name of each sparse parameter; for logging."""
+    tree = masks(state)
+    return dict(zip(leaf_paths(tree), map(jnp.mean, jax.tree.leaves(tree)), strict=True))
+
+
+def prune(params: Params, state: Any) -> Params:
+    """The parameters with exact zeros where the masks in ``state`` prune."""
+    return mask_tree(masks(state), params, "the parameters")
+
+
+def mask_tree(masks: Params, tree: Any, what: str = "the tree") -> Any:
+    """A tree like the parameters with zeros where the masks prune; None leaves stay None."""
+    mask_leaves, treedef = jax.tree.flatten(masks, is_leaf=_is_absent)
+    return treedef.unflatten(map(select, mask_leaves, align(treedef, tree, what)))
+
+
+def select(mask: Any, x: Any) -> Any:
+    """``x``, and zero where the mask prunes: a select, in which a NaN vanishes."""
+    if _is_absent(mask) or _is_absent(x):
+        return x
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def _is_absent(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def mask_gradients(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Gives masked gradients to all that is between this wrapper and `sparsify`.
+
+    So the norm that clips, or that decides whether a step is taken, does not see what the mask
+    hides. The dense gradients go on as the extra argument ``dense_grads``, which RigL reads.
+
+    >>> from cerebras_jax import optim, sparse
+    >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
+    >>> half = sparse.Static(0.5, init_method="topk")
+    >>> tx = mask_gradients(
+    ...     optax.chain(optax.clip_by_global_norm(1.0), sparse.sparsify(optim.sgd(lr=1.0), half)))
+    >>> grads = {"kernel": jnp.array([[jnp.nan, 3.0], [4.0, 100.0]])}
+    >>> tx.update(grads, tx.init(params), prune(params, tx.init(params)))[0]
+    {'kernel': Array([[-0. , -0.6],
+           [-0.8, -0. ]], dtype=float32)}
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def update(grads: Any, state: Any, params: Params = None, **extra: Any) -> Any:
+        masked = mask_tree(masks(state), grads, "the gradients")
+        return inner.update(masked, state, params, dense_grads=grads, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+# --- the states of the wrapped optimizer ----------------------------------------------------------
+
+
+def mask_states(
+    inner: Any, masks: Params, params: Params, names: Sequence[str] | None = None
+) -> Any:
+    """The state of an optimizer with zeros where the masks prune.
+
+    Args:
+      inner: the state of any optax transformation; of a partitioned one too, which has
+        ``optax.MaskedNode`` in place of what another part holds.
+      masks: a tree like the parameters.
+      params: the parameters.
+      names: which states of our optimizers to mask. By default, and in other transformations,
+        every tree like the parameters; of each array only one of its parameter's shape.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    mask_leaves = align(treedef, masks, "the masks")
+
+    def is_like_params(node: Any) -> bool:
+        try:
+            found = treedef.flatten_up_to(node)
+        except (ValueError, TypeError, KeyError):
+            return False
+        return all(
+            isinstance(x, optax.MaskedNode) or getattr(x, "shape", None) == p.shape
+            for x, p in zip(found, leaves, strict=True)
+        )
+
+    def mask(tree: Any, what: str = "a state") -> Any:
+        columns = zip(mask_leaves, align(treedef, tree, what), strict=True)
+        return treedef.unflatten(
+            select(m, x) if getattr(m, "shape", None) == getattr(x, "shape", ()) else x
+            for m, x in columns
+        )
+
+    def visit(node: Any) -> Any:
+        if isinstance(node, RuleState):
+            chosen = {
+                name: mask(tree, f"state {name!r}")
+                for name, tree in node.states._asdict().items()
+                if tree is not None and (names is None or name in names)
+            }
+            return node._replace(states=node.states._replace(**chosen))
+        return mask(node) if is_like_params(node) else node
+
+    return jax.tree.map(
+        visit, inner, is_leaf=lambda x: isinstance(x, RuleState) or is_like_params(x)
+    )

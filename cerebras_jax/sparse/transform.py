@@ -1,0 +1,216 @@
+"""`sparsify`: an optax pair whose parameters, gradients and states are masked."""
+
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from cerebras_jax.checks import is_traced
+from cerebras_jax.rule import (
+    align,
+    as_array,
+    check_grads,
+    check_params,
+    leaf_paths,
+    saturating_increment,
+)
+from cerebras_jax.sparse.algorithms import Algorithm
+from cerebras_jax.sparse.masking import SparseState, mask_states, select
+from cerebras_jax.sparse.selection import Groups, Sparsity
+from cerebras_jax.types import Array, Params
+
+
+def sparsify(
+    tx: optax.GradientTransformation,
+    sparsity: Sparsity | Groups,
+    *,
+    names: Sequence[str] | None = None,
+    states: Sequence[str] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer, so that pruned weights stay exactly zero; prune the model once first.
+
+    ``params = sparse.prune(params, state)`` makes the weights of the first forward pass sparse;
+    from then on every update leaves exact zeros where the mask prunes. A step masks the gradients
+    by a select, so that a NaN in a pruned place vanishes; takes the step of ``tx``; sets pruned
+    weights and their states to zero; and, if an update is due, chooses new masks by the new
+    weights and the dense gradients. A None gradient leaves its mask alone.
+
+    This is the innermost wrapper: what holds steps back, accumulates or clips goes around it. To
+    let that see masked gradients, put `mask_gradients` around it.
+
+    Args:
+      tx: any optax transformation.
+      sparsity: which parameters, and how: a `Sparsity`, or what makes one.
+      names: names of the leaves of the parameters, in the order of flattening; by default their
+        dotted paths. Patterns and random numbers go by these.
+      states: the states of our optimizers to mask, such as ``("exp_avg",)``. By default, and in
+        other transformations, all that have the shape of their parameter.
+
+    Raises:
+      ValueError: from ``init``, if a pattern matches nothing or an array cannot be cut.
+
+    >>> from cerebras_jax import optim, sparse
+    >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
+    >>> tx = sparsify(optim.sgd(lr=1.0), sparse.Static(0.5, init_method="topk"))
+    >>> state = tx.init(params)
+    >>> params = sparse.prune(params, state)
+    >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
+    >>> optax.apply_updates(params, updates)
+    {'kernel': Array([[ 0., -5.],
+           [ 2.,  0.]], dtype=float32)}
+    """
+    chosen = sparsity if isinstance(sparsity, Sparsity) else Sparsity(sparsity)
+    inner_update = optax.with_extra_args_support(tx).update
+
+    def init(params: Params) -> SparseState:
+        leaves, treedef = jax.tree.flatten(params)
+        check_params(leaves, lambda: leaf_paths(params))
+        members = _members(chosen, names, params)
+        masks = treedef.unflatten(map(_first_mask, members, map(as_array, leaves)))
+        inner = mask_states(tx.init(params), masks, params, states)
+        return SparseState(jnp.zeros((), jnp.int32), masks, inner)
+
+    def update(
+        grads: Any, state: SparseState, params: Params = None, **extra: Any
+    ) -> tuple[Any, SparseState]:
+        if params is None:
+            raise ValueError("update needs the parameters: call update(grads, state, params)")
+        leaves, treedef = jax.tree.flatten(params)
+        masks = align(treedef, state.masks, "the masks")
+        dense = align(treedef, extra.pop("dense_grads", grads), "the gradients")
+        gs = align(treedef, grads, "the gradients")
+        check_grads(gs, leaves, lambda: leaf_paths(params))
+        masked_grads = treedef.unflatten(map(select, masks, gs))
+        masked_params = treedef.unflatten(map(select, masks, leaves))
+        step = saturating_increment(state.step)
+
+        def take_step() -> tuple[list[Any], Any]:
+            updates, inner = inner_update(masked_grads, state.inner, masked_params, **extra)
+            return align(treedef, updates, "the updates"), inner
+
+        updates, inner = take_step()
+        members = _members(chosen, names, params)
+        new_masks = _next_masks(
+            members, step, masks, leaves, dense, updates, lambda: take_step()[0]
+        )
+        kept = [m if m is new else m & new for m, new in zip(masks, new_masks, strict=True)]
+        updates = [
+            u if m is None or u is None else jnp.where(m, u, -p)
+            for m, u, p in zip(kept, updates, leaves, strict=True)
+        ]
+        inner = mask_states(inner, treedef.unflatten(kept), params, states)
+        return treedef.unflatten(updates), SparseState(step, treedef.unflatten(new_masks), inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Member(NamedTuple):
+    """A sparse parameter."""
+
+    name: str
+    algorithm: Algorithm
+    seed: int
+
+    @property
+    def key(self) -> tuple[Any, Any]:
+        """What random keys are made of: seed and name as numbers that do not recompile."""
+        return jnp.asarray(self.seed, jnp.uint32), jnp.uint32(zlib.crc32(self.name.encode()))
+
+
+def _members(sparsity: Sparsity, names: Sequence[str] | None, params: Params) -> list[Any]:
+    """For every leaf a `_Member`, or None for a dense one."""
+    leaves = jax.tree.leaves(params)
+    names = leaf_paths(params) if names is None else list(names)
+    if len(names) != len(leaves) or len(set(names)) < len(names):
+        raise ValueError(f"sparsify needs {len(leaves)} distinct names, got {names}")
+    shapes = {name: jnp.shape(p) for name, p in zip(names, leaves, strict=True)}
+    algorithms = sparsity.assign(shapes)
+    return [
+        _Member(name, algorithms[name], sparsity.seed) if name in algorithms else None
+        for name in names
+    ]
+
+
+# --- one array ------------------------------------------------------------------------------------
+
+
+def _first_mask(member: _Member | None, p: Array) -> Array | None:
+    if member is None:
+        return None
+    try:
+        member.algorithm.cut(p)
+    except ValueError as error:
+        raise ValueError(f"parameter {member.name!r}: {error}") from None
+    sharding = None if is_traced(p) or not isinstance(p.sharding, NamedSharding) else p.sharding
+    return _make_first_mask(member.algorithm, sharding, member.key, p)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _make_first_mask(algorithm: Algorithm, sharding: Any, key: Any, p: Array) -> Array:
+    mask = algorithm.first_mask(p, _random_key(key, jnp.uint32(0)))
+    return mask if sharding is None else jax.lax.with_sharding_constraint(mask, sharding)
+
+
+def _next_masks(
+    members: Sequence[_Member | None],
+    step: Array,
+    masks: Sequence[Any],
+    params: Sequence[Array],
+    dense: Sequence[Any],
+    updates: Sequence[Any],
+    take_step: Callable[[], Sequence[Any]],
+) -> list[Any]:
+    """The masks after a step: new ones where an update is due."""
+    changing = {
+        i: member
+        for i, member in enumerate(members)
+        if member is not None and member.algorithm.update is not None and dense[i] is not None
+    }
+    if not changing:
+        return list(masks)
+
+    def choose(updates: Sequence[Array]) -> list[Array]:
+        return [
+            _next_mask(x.algorithm, x.key, params[i], updates[i], masks[i], dense[i], step)
+            for i, x in changing.items()
+        ]
+
+    if is_traced(step):
+        # When masks are due the step is taken again in here. If it handed over its results, they
+        # would have to be written to memory and read again in every step.
+        schedules = dict.fromkeys(x.algorithm.update for x in changing.values())
+        due = functools.reduce(jnp.logical_or, [update.due(step) for update in schedules])
+        old = [masks[i] for i in changing]
+        chosen = jax.lax.cond(due, lambda: choose(take_step()), lambda: old)
+    else:
+        chosen = choose(updates)
+    result = list(masks)
+    for i, mask in zip(changing, chosen, strict=True):
+        result[i] = mask
+    return result
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _next_mask(
+    algorithm: Algorithm, key: Any, p: Array, u: Array, mask: Array, g: Array, step: Array
+) -> Array:
+    """The new mask of one array if it is due, else the old one."""
+    assert algorithm.update is not None
+
+    def choose() -> Array:
+        new_p = select(mask, (p + u).astype(p.dtype))
+        return algorithm.next_mask(new_p, mask, g, step, _random_key(key, step))
+
+    return jax.lax.cond(algorithm.update.due(step), choose, lambda: mask)
+
+
+def _random_key(key: tuple[Array, Array], step: Array) -> Array:
+    """A key for a parameter at a step, the same on any number of devices."""
+    seed, name = key
+    root = jax.random.key(seed, impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(root, name), step)
