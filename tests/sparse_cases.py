@@ -65,9 +65,7 @@ class Case(NamedTuple):
 
     def sparsity(self) -> sparse.Sparsity:
         groups = self.groups or [{"params": self.sparse, **self.options}]
-        return sparse.Sparsity(
-            {tuple(g["params"]): algorithm(self.algorithm, g) for g in groups}
-        )
+        return sparse.Sparsity({tuple(g["params"]): algorithm(self.algorithm, g) for g in groups})
 
     @property
     def shapes(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Sparse training: masks on parameters, gradients and optimizer states."""
 
 from cerebras_jax.sparse.algorithms import GMP, SET, Algorithm, RigL, Static
+from cerebras_jax.sparse.configure import configure_sparsity
 from cerebras_jax.sparse.masking import SparseState, density, mask_gradients, masks, prune
 from cerebras_jax.sparse.selection import Sparsity
 from cerebras_jax.sparse.topk import codes_of, top_k

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cerebras_jax import checks
-from cerebras_jax.sparse.masks import INIT_METHODS, Cut, drop, grow, kept_count, random_codes
+from cerebras_jax.sparse.pruning import INIT_METHODS, Cut, drop, grow, kept_count, random_codes
 from cerebras_jax.sparse.topk import codes_of, top_k
 from cerebras_jax.sparse.values import At, Every, Value, check_value, frozen, value_at
 from cerebras_jax.types import Array
@@ -15,21 +15,17 @@ from cerebras_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """Base class. An algorithm of one's own is a frozen dataclass with a `next_mask`.
+    """Base class: an algorithm for one array.
 
     Attributes:
-      sparsity: the fraction of entries that are pruned: a constant, a list that gives its next
-        value at every update, or a schedule; clipped to [0, 1].
+      sparsity: the fraction of entries that are pruned.
       init_method: how the first mask is made: ``"random"``; ``"topk"``, by magnitude;
         ``"from_zeros"``, what is zero already; ``"checkerboard"``.
-      update: the steps at which a new mask is chosen, `Every` or `At`; None: never. If step 0,
-        the time of ``init``, is not among them, everything is on until the first update.
     """
 
     sparsity: Value
     _: dataclasses.KW_ONLY
     init_method: str = "random"
-    update: Every | At | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", frozen(self.sparsity))
@@ -38,17 +34,15 @@ class Algorithm:
             raise ValueError(
                 f"init_method must be one of {list(INIT_METHODS)}, got {self.init_method!r}"
             )
-        if not isinstance(self.update, Every | At | None):
-            raise TypeError(f"update must be Every(...) or At(...), got {self.update!r}")
 
     @property
     def starts_sparse(self) -> bool:
         """Whether the first mask already prunes."""
-        return self.update is None or bool(self.update.due(0))
+        return True
 
     def sparsity_at(self, step: Any) -> Any:
-        """The sparsity that a mask chosen at ``step`` has."""
-        return value_at(self.sparsity, step, 0 if self.update is None else self.update.count(step))
+        """The sparsity of a mask that is chosen at ``step``."""
+        return self.sparsity
 
     def cut(self, p: Any) -> Cut | None:
         """The parts of an array that are pruned independently; None: it is one."""
@@ -61,6 +55,55 @@ class Algorithm:
         with jax.ensure_compile_time_eval():
             sparsity = float(jnp.float32(self.sparsity_at(0)))  # known when traced
         return INIT_METHODS[self.init_method](p, sparsity, key, self.cut(p))
+
+
+@dataclasses.dataclass(frozen=True)
+class Static(Algorithm):
+    """The first mask stays.
+
+    Args:
+      sparsity: the fraction of entries that are pruned, a constant in [0, 1).
+      init_method: see `Algorithm`.
+
+    Raises:
+      ValueError: if an argument is outside its range.
+
+    >>> Static(0.9, init_method="topk")
+    Static(sparsity=0.9, init_method='topk')
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not checks.is_number(self.sparsity):
+            raise ValueError(f"sparsity of Static must be a constant, got {self.sparsity!r}")
+        checks.check("sparsity", self.sparsity, "in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic(Algorithm):
+    """Base class of algorithms whose masks change: one's own defines `next_mask`.
+
+    Attributes:
+      sparsity: a constant, a list that gives its next value at every update, or a schedule; what
+        it gives is clipped to [0, 1].
+      update: the steps at which a new mask is chosen. If step 0, the time of ``init``, is not among
+        them, everything is on until the first update.
+      init_method: see `Algorithm`.
+    """
+
+    update: Every | At = dataclasses.field(default=Every(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.update, Every | At):
+            raise TypeError(f"update must be Every(...) or At(...), got {self.update!r}")
+
+    @property
+    def starts_sparse(self) -> bool:
+        return bool(self.update.due(0))
+
+    def sparsity_at(self, step: Any) -> Any:
+        return value_at(self.sparsity, step, self.update.count(step))
 
     def next_mask(self, p: Array, mask: Array, g: Array, step: Array, key: Array) -> Array:
         """The mask chosen at ``step``.
@@ -76,47 +119,11 @@ class Algorithm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Static(Algorithm):
-    """The first mask stays.
-
-    Args:
-      sparsity: a constant in [0, 1).
-      init_method: see `Algorithm`.
-
-    Raises:
-      ValueError: if an argument is outside its range.
-
-    >>> Static(0.9, init_method="topk")
-    Static(sparsity=0.9, init_method='topk', update=None)
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not checks.is_number(self.sparsity):
-            raise ValueError(f"sparsity of Static must be a constant, got {self.sparsity!r}")
-        checks.check("sparsity", self.sparsity, "in [0, 1)")
-        if self.update is not None:
-            raise ValueError(f"Static never updates its masks, got update={self.update!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Dynamic(Algorithm):
-    """Base class of the algorithms that update their masks, by default at every step."""
-
-    update: Every | At = dataclasses.field(default=Every(), kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.update is None:
-            raise ValueError(f"{type(self).__name__} needs steps to update at, got update=None")
-
-
-@dataclasses.dataclass(frozen=True)
 class GMP(Dynamic):
     """Gradual magnitude pruning: the entries of largest magnitude stay.
 
     Args:
-      sparsity: a list or a schedule, as in `Algorithm`; a constant is `Static`.
+      sparsity: a list or a schedule, see `Dynamic`; a constant is `Static`.
       update: when to prune; by default at every step.
       init_method: see `Algorithm`.
 
@@ -151,7 +158,7 @@ class SET(Dynamic):
     the sparsity allows loses a ``drop_fraction`` of them per update.
 
     Args:
-      sparsity: see `Algorithm`.
+      sparsity: see `Dynamic`.
       drop_fraction: the fraction of the entries to drop per update, a value like the sparsity; a
         list begins at the first update after step 0.
       update: when to do so; by default at every step.
@@ -197,7 +204,7 @@ class RigL(SET):
     counts as zero.
 
     Args:
-      sparsity: see `Algorithm`.
+      sparsity: see `Dynamic`.
       drop_fraction: see `SET`.
       balance_in_groups: cut the input axis into so many parts, each with the same sparsity; for
         matrices.

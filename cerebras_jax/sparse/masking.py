@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from cerebras_jax.rule import RuleState, align, leaf_paths
+from cerebras_jax.sparse.order import zero_after
 from cerebras_jax.types import Array, Params
 
 
@@ -60,11 +61,15 @@ def mask_tree(masks: Params, tree: Any, what: str = "the tree") -> Any:
     return treedef.unflatten(map(select, mask_leaves, align(treedef, tree, what)))
 
 
-def select(mask: Any, x: Any) -> Any:
-    """``x``, and zero where the mask prunes: a select, in which a NaN vanishes."""
+def select(mask: Any, x: Any, done: Array | None = None) -> Any:
+    """``x``, and zero where the mask prunes: a select, in which a NaN vanishes.
+
+    With ``done``, the zero is known only when that array is, see `zero_after`.
+    """
     if _is_absent(mask) or _is_absent(x):
         return x
-    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+    zero = jnp.zeros((), x.dtype) if done is None else zero_after(done, x.dtype)
+    return jnp.where(mask, x, zero)
 
 
 def _is_absent(x: Any) -> bool:
@@ -89,9 +94,9 @@ def mask_gradients(tx: optax.GradientTransformation) -> optax.GradientTransforma
     """
     inner = optax.with_extra_args_support(tx)
 
-    def update(grads: Any, state: Any, params: Params = None, **extra: Any) -> Any:
-        masked = mask_tree(masks(state), grads, "the gradients")
-        return inner.update(masked, state, params, dense_grads=grads, **extra)
+    def update(updates: Any, state: Any, params: Params = None, **extra: Any) -> Any:
+        masked = mask_tree(masks(state), updates, "the gradients")
+        return inner.update(masked, state, params, dense_grads=updates, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -100,7 +105,11 @@ def mask_gradients(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def mask_states(
-    inner: Any, masks: Params, params: Params, names: Sequence[str] | None = None
+    inner: Any,
+    masks: Params,
+    params: Params,
+    names: Sequence[str] | None = None,
+    late: Any = None,
 ) -> Any:
     """The state of an optimizer with zeros where the masks prune.
 
@@ -111,6 +120,7 @@ def mask_states(
       params: the parameters.
       names: which states of our optimizers to mask. By default, and in other transformations,
         every tree like the parameters; of each array only one of its parameter's shape.
+      late: the same state computed another time, from which masked arrays are taken.
     """
     leaves, treedef = jax.tree.flatten(params)
     mask_leaves = align(treedef, masks, "the masks")
@@ -125,23 +135,26 @@ def mask_states(
             for x, p in zip(found, leaves, strict=True)
         )
 
-    def mask(tree: Any, what: str = "a state") -> Any:
-        columns = zip(mask_leaves, align(treedef, tree, what), strict=True)
+    def mask(tree: Any, late: Any, what: str = "a state") -> Any:
+        rows = zip(align(treedef, tree, what), align(treedef, late, what), mask_leaves, strict=True)
         return treedef.unflatten(
-            select(m, x) if getattr(m, "shape", None) == getattr(x, "shape", ()) else x
-            for m, x in columns
+            select(m, y) if getattr(m, "shape", None) == getattr(x, "shape", ()) else x
+            for x, y, m in rows
         )
 
-    def visit(node: Any) -> Any:
+    def visit(node: Any, late: Any) -> Any:
         if isinstance(node, RuleState):
             chosen = {
-                name: mask(tree, f"state {name!r}")
+                name: mask(tree, getattr(late.states, name), f"state {name!r}")
                 for name, tree in node.states._asdict().items()
                 if tree is not None and (names is None or name in names)
             }
             return node._replace(states=node.states._replace(**chosen))
-        return mask(node) if is_like_params(node) else node
+        return mask(node, late) if is_like_params(node) else node
 
     return jax.tree.map(
-        visit, inner, is_leaf=lambda x: isinstance(x, RuleState) or is_like_params(x)
+        visit,
+        inner,
+        inner if late is None else late,
+        is_leaf=lambda x: isinstance(x, RuleState) or is_like_params(x),
     )

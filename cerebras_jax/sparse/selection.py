@@ -48,7 +48,7 @@ class Sparsity:
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", _checked(self.groups))
 
-    def assign(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Algorithm]:
+    def assign(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Algorithm]:
         """The algorithm of every sparse parameter.
 
         Args:
@@ -57,7 +57,7 @@ class Sparsity:
         Raises:
           ValueError: names a pattern that matches nothing, and some of the names.
         """
-        return dict(_assign(self.groups, tuple(shapes.items())))
+        return dict(_assign(self.groups, tuple((k, tuple(v)) for k, v in shapes.items())))
 
 
 def _checked(groups: Any) -> tuple[tuple[tuple[Pattern, ...] | None, Algorithm], ...]:
@@ -118,7 +118,7 @@ def _assign(groups: Any, shapes: Shapes) -> tuple[tuple[str, Algorithm], ...]:
                 f"{'the default' if patterns is None else [_text(p) for p in patterns]}: "
                 f"{shorten(mine)}"
             )
-        chosen |= dict.fromkeys(new, algorithm)
+        chosen.update({name: algorithm for name in new})
     return tuple((name, chosen[name]) for name in names if name in chosen)
 
 

@@ -1,8 +1,9 @@
 """`sparsify`: an optax pair whose parameters, gradients and states are masked."""
 
 import functools
+import itertools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ from cerebras_jax.rule import (
     leaf_paths,
     saturating_increment,
 )
-from cerebras_jax.sparse.algorithms import Algorithm
+from cerebras_jax.sparse import order
+from cerebras_jax.sparse.algorithms import Algorithm, Dynamic
 from cerebras_jax.sparse.masking import SparseState, mask_states, select
 from cerebras_jax.sparse.selection import Groups, Sparsity
 from cerebras_jax.types import Array, Params
@@ -76,35 +78,36 @@ def sparsify(
         return SparseState(jnp.zeros((), jnp.int32), masks, inner)
 
     def update(
-        grads: Any, state: SparseState, params: Params = None, **extra: Any
+        updates: Any, state: Any, params: Params = None, **extra: Any
     ) -> tuple[Any, SparseState]:
         if params is None:
             raise ValueError("update needs the parameters: call update(grads, state, params)")
         leaves, treedef = jax.tree.flatten(params)
         masks = align(treedef, state.masks, "the masks")
-        dense = align(treedef, extra.pop("dense_grads", grads), "the gradients")
-        gs = align(treedef, grads, "the gradients")
-        check_grads(gs, leaves, lambda: leaf_paths(params))
-        masked_grads = treedef.unflatten(map(select, masks, gs))
-        masked_params = treedef.unflatten(map(select, masks, leaves))
+        dense = align(treedef, extra.pop("dense_grads", updates), "the gradients")
+        grads = align(treedef, updates, "the gradients")
+        check_grads(grads, leaves, lambda: leaf_paths(params))
+        members = _members(chosen, names, params)
         step = saturating_increment(state.step)
 
-        def take_step() -> tuple[list[Any], Any]:
-            updates, inner = inner_update(masked_grads, state.inner, masked_params, **extra)
-            return align(treedef, updates, "the updates"), inner
+        def take_step(done: Iterable[Any] = itertools.repeat(None)) -> tuple[list[Any], Any]:
+            masked_grads = treedef.unflatten(map(select, masks, grads, done))
+            masked_params = treedef.unflatten(map(select, masks, leaves))
+            us, inner = inner_update(masked_grads, state.inner, masked_params, **extra)
+            return align(treedef, us, "the updates"), inner
 
-        updates, inner = take_step()
-        members = _members(chosen, names, params)
-        new_masks = _next_masks(
-            members, step, masks, leaves, dense, updates, lambda: take_step()[0]
-        )
-        kept = [m if m is new else m & new for m, new in zip(masks, new_masks, strict=True)]
-        updates = [
-            u if m is None or u is None else jnp.where(m, u, -p)
-            for m, u, p in zip(kept, updates, leaves, strict=True)
-        ]
-        inner = mask_states(inner, treedef.unflatten(kept), params, states)
-        return treedef.unflatten(updates), SparseState(step, treedef.unflatten(new_masks), inner)
+        us, inner = take_step()
+        new_masks = _next_masks(members, step, masks, leaves, dense, us, lambda: take_step()[0])
+        changed = [None if new is m else new for m, new in zip(masks, new_masks, strict=True)]
+        # One select after the other: XLA would first write the `and` of both masks to memory.
+        us = map(_prune_update, masks, us, leaves)
+        updates = treedef.unflatten(map(_prune_update, changed, us, leaves))
+        late = inner
+        if order.is_needed(step):
+            _, late = take_step(treedef.flatten_up_to(optax.apply_updates(params, updates)))
+        inner = mask_states(inner, state.masks, params, states, late)
+        inner = mask_states(inner, treedef.unflatten(changed), params, states)
+        return updates, SparseState(step, treedef.unflatten(new_masks), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -167,23 +170,23 @@ def _next_masks(
 ) -> list[Any]:
     """The masks after a step: new ones where an update is due."""
     changing = {
-        i: member
+        i: (member.algorithm, member.key)
         for i, member in enumerate(members)
-        if member is not None and member.algorithm.update is not None and dense[i] is not None
+        if member and isinstance(member.algorithm, Dynamic) and dense[i] is not None
     }
     if not changing:
         return list(masks)
 
     def choose(updates: Sequence[Array]) -> list[Array]:
         return [
-            _next_mask(x.algorithm, x.key, params[i], updates[i], masks[i], dense[i], step)
-            for i, x in changing.items()
+            _next_mask(algorithm, key, params[i], updates[i], masks[i], dense[i], step)
+            for i, (algorithm, key) in changing.items()
         ]
 
     if is_traced(step):
         # When masks are due the step is taken again in here. If it handed over its results, they
         # would have to be written to memory and read again in every step.
-        schedules = dict.fromkeys(x.algorithm.update for x in changing.values())
+        schedules = dict.fromkeys(algorithm.update for algorithm, _ in changing.values())
         due = functools.reduce(jnp.logical_or, [update.due(step) for update in schedules])
         old = [masks[i] for i in changing]
         chosen = jax.lax.cond(due, lambda: choose(take_step()), lambda: old)
@@ -197,16 +200,20 @@ def _next_masks(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _next_mask(
-    algorithm: Algorithm, key: Any, p: Array, u: Array, mask: Array, g: Array, step: Array
+    algorithm: Dynamic, key: Any, p: Array, u: Array, mask: Array, g: Array, step: Array
 ) -> Array:
     """The new mask of one array if it is due, else the old one."""
-    assert algorithm.update is not None
 
     def choose() -> Array:
         new_p = select(mask, (p + u).astype(p.dtype))
         return algorithm.next_mask(new_p, mask, g, step, _random_key(key, step))
 
     return jax.lax.cond(algorithm.update.due(step), choose, lambda: mask)
+
+
+def _prune_update(mask: Any, u: Any, p: Array) -> Any:
+    """The update after which a pruned parameter is exactly zero."""
+    return u if mask is None or u is None else jnp.where(mask, u, -p)
 
 
 def _random_key(key: tuple[Array, Array], step: Array) -> Array:
