@@ -62,14 +62,20 @@ def mask_tree(masks: Params, tree: Any, what: str = "the tree") -> Any:
 
 
 def select(mask: Any, x: Any, done: Array | None = None) -> Any:
-    """``x``, and zero where the mask prunes: a select, in which a NaN vanishes.
+    """``x``, and zero where the mask prunes; not a product, so a NaN vanishes.
 
-    With ``done``, the zero is known only when that array is, see `zero_after`.
+    The bits are masked: in XLA's eyes the arithmetic before and after is that of a dense step, so
+    it contracts the same products and sums, and what is kept is equal bit for bit.
+
+    With ``done``, the zero is known only when that array is, see `order.zero_after`.
     """
     if _is_absent(mask) or _is_absent(x):
         return x
-    zero = jnp.zeros((), x.dtype) if done is None else zero_after(done, x.dtype)
-    return jnp.where(mask, x, zero)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.where(mask, x, jnp.zeros((), x.dtype))
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    zero = jnp.zeros((), bits.dtype) if done is None else zero_after(done, bits.dtype)
+    return jax.lax.bitcast_convert_type(bits & (zero - mask.astype(bits.dtype)), x.dtype)
 
 
 def _is_absent(x: Any) -> bool:

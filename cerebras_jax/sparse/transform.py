@@ -33,6 +33,7 @@ def sparsify(
     *,
     names: Sequence[str] | None = None,
     states: Sequence[str] | None = None,
+    returns_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer, so that pruned weights stay exactly zero; prune the model once first.
 
@@ -52,6 +53,7 @@ def sparsify(
         dotted paths. Patterns and random numbers go by these.
       states: the states of our optimizers to mask, such as ``("exp_avg",)``. By default, and in
         other transformations, all that have the shape of their parameter.
+      returns_params: ``tx.update`` returns new parameters in place of updates, and so does this.
 
     Raises:
       ValueError: from ``init``, if a pattern matches nothing or an array cannot be cut.
@@ -91,23 +93,32 @@ def sparsify(
         step = saturating_increment(state.step)
 
         def take_step(done: Iterable[Any] = itertools.repeat(None)) -> tuple[list[Any], Any]:
+            """What ``tx`` returns: a list of updates, or of parameters, and its state."""
             masked_grads = treedef.unflatten(map(select, masks, grads, done))
             masked_params = treedef.unflatten(map(select, masks, leaves))
-            us, inner = inner_update(masked_grads, state.inner, masked_params, **extra)
-            return align(treedef, us, "the updates"), inner
+            result, inner = inner_update(masked_grads, state.inner, masked_params, **extra)
+            return align(treedef, result, "the updates"), inner
 
-        us, inner = take_step()
-        new_masks = _next_masks(members, step, masks, leaves, dense, us, lambda: take_step()[0])
+        def moved(result: Sequence[Any]) -> list[Any]:
+            """The parameters after the step."""
+            if returns_params:
+                return list(result)
+            return treedef.flatten_up_to(optax.apply_updates(params, treedef.unflatten(result)))
+
+        result, inner = take_step()
+        new_masks = _next_masks(members, step, masks, dense, result, moved, lambda: take_step()[0])
         changed = [None if new is m else new for m, new in zip(masks, new_masks, strict=True)]
         # One select after the other: XLA would first write the `and` of both masks to memory.
-        us = map(_prune_update, masks, us, leaves)
-        updates = treedef.unflatten(map(_prune_update, changed, us, leaves))
-        late = inner
-        if order.is_needed(step):
-            _, late = take_step(treedef.flatten_up_to(optax.apply_updates(params, updates)))
+        for mask in masks, changed:
+            result = [
+                select(m, r) if returns_params else _prune_update(m, r, p)
+                for m, r, p in zip(mask, result, leaves, strict=True)
+            ]
+        late = take_step(moved(result))[1] if order.is_needed(step) else inner
         inner = mask_states(inner, state.masks, params, states, late)
         inner = mask_states(inner, treedef.unflatten(changed), params, states)
-        return updates, SparseState(step, treedef.unflatten(new_masks), inner)
+        new_state = SparseState(step, treedef.unflatten(new_masks), inner)
+        return treedef.unflatten(result), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -163,12 +174,22 @@ def _next_masks(
     members: Sequence[_Member | None],
     step: Array,
     masks: Sequence[Any],
-    params: Sequence[Array],
     dense: Sequence[Any],
-    updates: Sequence[Any],
+    result: Sequence[Any],
+    moved: Callable[[Sequence[Any]], Sequence[Array]],
     take_step: Callable[[], Sequence[Any]],
 ) -> list[Any]:
-    """The masks after a step: new ones where an update is due."""
+    """The masks after a step: new ones where an update is due.
+
+    Args:
+      members: of every leaf, as in `_members`.
+      step: how many steps are taken with this one.
+      masks: the masks during the step.
+      dense: the gradients before they were masked.
+      result: what the step returned.
+      moved: the parameters after a step that returned this.
+      take_step: returns the result again.
+    """
     changing = {
         i: (member.algorithm, member.key)
         for i, member in enumerate(members)
@@ -177,9 +198,10 @@ def _next_masks(
     if not changing:
         return list(masks)
 
-    def choose(updates: Sequence[Array]) -> list[Array]:
+    def choose(result: Sequence[Any]) -> list[Array]:
+        params = moved(result)
         return [
-            _next_mask(algorithm, key, params[i], updates[i], masks[i], dense[i], step)
+            _next_mask(algorithm, key, params[i], masks[i], dense[i], step)
             for i, (algorithm, key) in changing.items()
         ]
 
@@ -191,22 +213,19 @@ def _next_masks(
         old = [masks[i] for i in changing]
         chosen = jax.lax.cond(due, lambda: choose(take_step()), lambda: old)
     else:
-        chosen = choose(updates)
-    result = list(masks)
+        chosen = choose(result)
+    new_masks = list(masks)
     for i, mask in zip(changing, chosen, strict=True):
-        result[i] = mask
-    return result
+        new_masks[i] = mask
+    return new_masks
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _next_mask(
-    algorithm: Dynamic, key: Any, p: Array, u: Array, mask: Array, g: Array, step: Array
-) -> Array:
+def _next_mask(algorithm: Dynamic, key: Any, p: Array, mask: Array, g: Array, step: Array) -> Array:
     """The new mask of one array if it is due, else the old one."""
 
     def choose() -> Array:
-        new_p = select(mask, (p + u).astype(p.dtype))
-        return algorithm.next_mask(new_p, mask, g, step, _random_key(key, step))
+        return algorithm.next_mask(select(mask, p), mask, g, step, _random_key(key, step))
 
     return jax.lax.cond(algorithm.update.due(step), choose, lambda: mask)
 
