@@ -276,7 +276,7 @@ def test_a_pattern_without_parameters_is_named():
 
 SPARSITY = sparse.Sparsity(
     {
-        "a": sparse.SET(
+        "a": sparse.RigL(
             [0.3, 0.5, 0.7], update=Every(2), drop_fraction=[0.1, 0.2], init_method="topk"
         ),
         "b": sparse.Static(0.5, init_method="topk"),
@@ -338,9 +338,9 @@ def test_masks_of_a_file_reach_the_states():
 
 
 def test_names_of_a_list():
-    sparsity = sparse.Sparsity({"fc*": sparse.Static(0.5, init_method="topk")})
+    sparsity = sparse.Sparsity({"fc*": sparse.Static(0.5, init_method="from_zeros")})
     names = ["fc.weight", "fc.bias", "out"]
-    tx = sparse.sparsify(optim.adamw(lr=0.1), sparsity, names=names)
+    tx = sparsity.around(names)(optim.adamw(lr=0.1))
     leaves = [jnp.ones((4, 4)), jnp.ones(4), jnp.ones((4, 4))]
     state = tx.init(leaves)
     entries = to_entries(state, sparsity, leaves, names)
