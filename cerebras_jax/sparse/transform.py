@@ -198,10 +198,10 @@ def _next_masks(
     if not changing:
         return list(masks)
 
-    def choose(result: Sequence[Any]) -> list[Array]:
+    def choose(result: Sequence[Any], is_due: bool = False) -> list[Array]:
         params = moved(result)
         return [
-            _next_mask(algorithm, key, params[i], masks[i], dense[i], step)
+            _next_mask(algorithm, is_due, key, params[i], masks[i], dense[i], step)
             for i, (algorithm, key) in changing.items()
         ]
 
@@ -210,8 +210,9 @@ def _next_masks(
         # would have to be written to memory and read again in every step.
         schedules = dict.fromkeys(algorithm.update for algorithm, _ in changing.values())
         due = functools.reduce(jnp.logical_or, [update.due(step) for update in schedules])
+        all_due = len(schedules) == 1
         old = [masks[i] for i in changing]
-        chosen = jax.lax.cond(due, lambda: choose(take_step()), lambda: old)
+        chosen = jax.lax.cond(due, lambda: choose(take_step(), all_due), lambda: old)
     else:
         chosen = choose(result)
     new_masks = list(masks)
@@ -220,13 +221,17 @@ def _next_masks(
     return new_masks
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _next_mask(algorithm: Dynamic, key: Any, p: Array, mask: Array, g: Array, step: Array) -> Array:
-    """The new mask of one array if it is due, else the old one."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _next_mask(
+    algorithm: Dynamic, is_due: bool, key: Any, p: Array, mask: Array, g: Array, step: Array
+) -> Array:
+    """The new mask of one array if it is due, which may be known before; else the old one."""
 
     def choose() -> Array:
         return algorithm.next_mask(select(mask, p), mask, g, step, _random_key(key, step))
 
+    if is_due:
+        return choose()
     return jax.lax.cond(algorithm.update.due(step), choose, lambda: mask)
 
 
