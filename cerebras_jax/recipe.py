@@ -5,45 +5,37 @@ from __future__ import annotations
 import dataclasses
 import html
 import inspect
+import itertools
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
-import yaml
 
-from cerebras_jax import optim, schedules
+from cerebras_jax import schedules
 from cerebras_jax.checks import check
+from cerebras_jax.messages import shortened, shown
 from cerebras_jax.optim.configure import (
-    configure_scheduler,
-    find_class,
+    lr_factors,
+    make_param_groups,
     optimizer_arguments,
-    to_number,
+    param_filters,
 )
-from cerebras_jax.optim.lr_scheduler import LRScheduler
+from cerebras_jax.optim.layer_types import mup_factors
+from cerebras_jax.optim.names import check_plain, find_class, rate_key, to_number
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups
-from cerebras_jax.optim.scheduler import Scheduler
-from cerebras_jax.optim.sources import make_source
-from cerebras_jax.optim.step import Clipping
-from cerebras_jax.optim.weight_decay_scheduler import WeightDecayScheduler
+from cerebras_jax.optim.schedule_config import ScheduleConfig, kind_of, schedule_config
+from cerebras_jax.optim.scheduler import Scheduler, group_tags
+from cerebras_jax.sections import Sections, read_sections
+from cerebras_jax.transforms.clipping import clip
+from cerebras_jax.transforms.grouped import grouped
+from cerebras_jax.yaml_config import read_config
 
-# Read here or by the training loop, so that the optimizer need not warn of them.
-_LOOP_KEYS = {
-    "optimizer_type",
-    "max_gradient_norm",
-    "max_gradient_value",
-    "adjust_learning_rate",
-    "params",
-    "loss_scaling_factor",
-    "initial_loss_scale",
-    "max_loss_scale",
-    "min_loss_scale",
-    "steps_per_increase",
-}
+_SIZES = ("hidden_size", "filter_size", "mup_base_hidden_size", "mup_base_filter_size")
+_OF_BERT = "encoder_nonlinearity"
+_COUNTS = "enable_global_step"  # an argument of the classes alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,77 +45,84 @@ class Recipe:
     Attributes:
       optimizer_class: e.g. `optim.AdamW`.
       optimizer_values: its constructor arguments.
-      schedulers: configuration values of the schedulers, as they were given.
+      schedulers: what drives the learning rate and the weight decay, and in which groups.
       max_gradient_norm: clip gradients to this global norm; None: do not.
       max_gradient_value: clip every gradient element to this; None: do not.
-      adjust_learning_rate: factors by layer type or pattern.
+      adjust_learning_rate: factors by layer type or pattern, those of muP included.
       params: further groups: ``[{"params": patterns, "tag": name}, ...]``.
       warnings: what was ignored, one sentence each.
     """
 
     optimizer_class: type[Optimizer]
     optimizer_values: dict[str, Any]
-    schedulers: tuple[Any, ...] = ()
+    schedulers: tuple[ScheduleConfig, ...] = ()
     max_gradient_norm: float | None = None
     max_gradient_value: float | None = None
-    adjust_learning_rate: dict[str, Any] | None = None
+    adjust_learning_rate: dict[Any, float] | None = None
     params: list[dict[str, Any]] | None = None
     warnings: tuple[str, ...] = ()
 
     def optimizer(self, params: Any) -> tuple[Optimizer, list[Scheduler]]:
-        """The class form: the optimizer, which clips gradients, and the schedulers to step."""
-        opt = self.optimizer_class(self.param_groups(params), **self.optimizer_values)
+        """The class form: the optimizer, which clips gradients, and the schedulers to step.
+
+        Raises:
+          ValueError: if a pattern or a tag of the recipe has no parameters here, or two
+            schedulers drive the same number of one parameter.
+        """
+        groups = self.param_groups(params)
+        _drivers(self.schedulers, groups)
+        opt = self.optimizer_class(groups, **self.optimizer_values)
         opt.max_gradient_norm = self.max_gradient_norm
         opt.max_gradient_value = self.max_gradient_value
-        return opt, self._make_schedulers(opt)
+        return opt, [config.attach(opt) for config in self.schedulers]
 
     def transformation(self, params: Any) -> optax.GradientTransformationExtraArgs:
         """The pure form: an optax chain of clipping and the optimizer, with groups and schedules.
 
         Args:
-          params: the parameters, as an example of their structure: a pytree or nnx.Module.
+          params: the parameters, as an example of their names: a pytree or nnx.Module.
+
+        Raises:
+          TypeError: if the optimizer, or a scheduler of a user's own, has no pure form.
+          ValueError: as `optimizer`; from ``init`` and ``update``, for a tree with other names.
         """
         groups = self.param_groups(params)
-        parts: dict[Any, Any] = {
-            str(i): self.optimizer_class.pure(**values)  # pyright: ignore
-            for i, values in enumerate(self._values_of(groups))
-        }
-        label = {name: str(i) for i, group in enumerate(groups) for name in group["params"]}
-        labels = [label[name] for name in groups.source.names]
-
-        def label_tree(tree: Any) -> Any:
-            return jax.tree.structure(tree).unflatten(labels)
-
-        update = parts["0"] if len(parts) == 1 else optax.partition(parts, label_tree)
-        clipping = Clipping(self.max_gradient_norm, self.max_gradient_value)
-        return optax.chain(*clipping.links(), update)
+        pure = _pure_form(self.optimizer_class)
+        parts = [pure(**values) for values in self._values_of(groups)]
+        update = grouped(parts, [group["params"] for group in groups])
+        if self.max_gradient_norm is None and self.max_gradient_value is None:
+            return optax.chain(update)
+        return optax.chain(clip(self.max_gradient_norm, self.max_gradient_value), update)
 
     def _values_of(self, groups: ParamGroups) -> list[dict[str, Any]]:
         """The hyper-parameters of each group, schedules in place of what they drive."""
-        probe = _probe(groups)
-        schedulers = self._make_schedulers(probe)
-        known = inspect.signature(self.optimizer_class).parameters
+        known = inspect.signature(self.optimizer_class).parameters.keys() - {"params"}
         result = []
-        for made, given in zip(probe.param_groups, groups, strict=True):
-            values = {**self.optimizer_values, **{k: v for k, v in given.items() if k in known}}
-            values.pop("params", None)
-            for scheduler in schedulers:
-                if any(made is group for group in scheduler.groups()):
-                    scaled = isinstance(scheduler, optim.lr_scheduler.ScalePerParamLR)
-                    factor = made.get("adjust_learning_rate", 1.0) if scaled else 1.0
-                    schedule = scheduler.schedule
-                    values[scheduler.key] = (
-                        schedule if factor == 1.0 else schedules.scaled(schedule, factor)
-                    )
+        for group, driven in zip(groups, _drivers(self.schedulers, groups), strict=True):
+            values = {**self.optimizer_values, **{k: v for k, v in group.items() if k in known}}
+            values.pop(_COUNTS, None)
+            for key, config in driven.items():
+                factor = group.get("adjust_learning_rate", 1.0) if config.is_scaled else 1.0
+                schedule = config.schedule
+                values[self._name(key)] = (
+                    schedule if factor == 1.0 else schedules.scaled(schedule, factor)
+                )
             result.append(values)
         return result
 
     def schedule(self, key: str = "lr") -> Callable[[Any], Any]:
-        """The pure schedule of ``"lr"`` or ``"weight_decay"``: the constant if none drives it."""
-        for scheduler in self._make_schedulers(_probe(None)):
-            if scheduler.key == key:
-                return scheduler.schedule
-        return schedules.constant(self.constant(key))
+        """The pure schedule of ``"lr"`` or ``"weight_decay"``: the constant if none drives it.
+
+        Where schedulers drive the groups of different tags, it is the first one's.
+
+        Raises:
+          ValueError: if the optimizer has no number of that name.
+        """
+        for config in self.schedulers:
+            if config.key == key:
+                return config.schedule
+        constant = self.constant(key)
+        return constant if callable(constant) else schedules.constant(constant)
 
     def _repr_html_(self) -> str:
         """For Jupyter: the optimizer and its values, then the curves of the schedules."""
@@ -133,75 +132,111 @@ class Recipe:
             "adjust_learning_rate": self.adjust_learning_rate,
         }
         rows = "".join(
-            f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
+            f"<tr><td>{html.escape(k)}</td><td>{html.escape(shown(v))}</td></tr>"
             for k, v in values.items()
             if v is not None
         )
         curves = "".join(
             f"<p>{key}</p>{self.schedule(key)._repr_html_()}"  # pyright: ignore
-            for key in dict.fromkeys(s.key for s in self._make_schedulers(_probe(None)))
+            for key in dict.fromkeys(config.key for config in self.schedulers)
             if hasattr(self.schedule(key), "_repr_html_")
         )
-        name = self.optimizer_class.__name__
+        name = html.escape(self.optimizer_class.__name__)
         return f"<table><caption><code>{name}</code></caption>{rows}</table>{curves}"
 
     def has(self, key: str) -> bool:
         """Whether the optimizer has a number of that name."""
-        return key in inspect.signature(self.optimizer_class).parameters
+        return self._name(key) in inspect.signature(self.optimizer_class).parameters
 
-    def constant(self, key: str) -> float:
-        """The value of an unscheduled number of the optimizer, e.g. ``"weight_decay"``."""
-        default = inspect.signature(self.optimizer_class).parameters[key].default
-        value = self.optimizer_values.get(key, default)
+    def _name(self, key: str) -> str:
+        """What the optimizer calls a number: optax says ``learning_rate`` for ``lr``."""
+        return rate_key(self.optimizer_class) if key == "lr" else key
+
+    def constant(self, key: str) -> Any:
+        """The value of an unscheduled number of the optimizer, e.g. ``"weight_decay"``.
+
+        Raises:
+          ValueError: if the optimizer has no number of that name.
+        """
+        parameters = inspect.signature(self.optimizer_class).parameters
+        if not self.has(key):
+            name = self.optimizer_class.__name__
+            raise ValueError(f"{name} has no number {shown(key)}, it has {[*parameters][1:]}")
+        value = self.optimizer_values.get(self._name(key), parameters[self._name(key)].default)
         return 0.0 if value is None else value
 
     def param_groups(self, params: Any) -> ParamGroups:
-        """The parameter groups: without decay for biases and norms, adjusted, tagged."""
+        """The parameter groups: without decay for biases and norms, adjusted, tagged.
+
+        Raises:
+          ValueError: if a pattern or a layer type of the recipe matches no parameter.
+        """
         rules = {"adjust_learning_rate": self.adjust_learning_rate, "params": self.params}
-        return optim.configure_param_groups(params, rules)
-
-    def _make_schedulers(self, opt: Optimizer) -> list[Scheduler]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they were given when the recipe was read
-            return [
-                _make_scheduler(opt, value, self.adjust_learning_rate) for value in self.schedulers
-            ]
+        rate = self.constant("lr") if self.has("lr") else None
+        return make_param_groups(params, rules, self._name("lr"), rate)
 
 
-def _make_scheduler(opt: Optimizer, value: Any, adjust_learning_rate: Any) -> Scheduler:
-    base = WeightDecayScheduler if _is_weight_decay(value) else LRScheduler
-    if base is LRScheduler:
-        return optim.configure_lr_scheduler(opt, value, adjust_learning_rate)
-    return configure_scheduler(opt, value, base, "schedulers")
+def _drivers(
+    schedulers: Sequence[ScheduleConfig], groups: Sequence[Mapping[str, Any]]
+) -> list[dict[str, ScheduleConfig]]:
+    """For each group, what drives which of its numbers.
+
+    Raises:
+      ValueError: if two schedulers drive one number of a group, or one drives nothing.
+    """
+    result: list[dict[str, ScheduleConfig]] = [{} for _ in groups]
+    for config in schedulers:
+        mine = [i for i, group in enumerate(groups) if config.drives(group)]
+        if not mine:
+            tags = sorted({str(tag) for group in groups for tag in group_tags(group)})
+            raise ValueError(
+                f"{config.where}: param_group_tags {shown(config.param_group_tags)} match no "
+                f"parameter group with a {config.key}; the groups' tags are {shown(tags)}"
+            )
+        for i in mine:
+            other = result[i].setdefault(config.key, config)
+            if other is not config:
+                raise ValueError(
+                    f"{other.where} and {config.where} both drive the {config.key} of "
+                    f"{shown(groups[i]['params'])}"
+                )
+    return result
 
 
-def _is_weight_decay(value: Any) -> bool:
-    """Whether a scheduler's configuration names one of the weight-decay schedulers."""
-    if isinstance(value, list | tuple):
-        return bool(value) and _is_weight_decay(value[0])
-    if not isinstance(value, Mapping):
-        return False
-    name = value.get("scheduler", next(iter(value), ""))
-    return str(name).upper().endswith("WD")
+def _pure_form(cls: type[Optimizer]) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """The function that a class was made of.
+
+    Raises:
+      TypeError: if there is none that takes the same arguments.
+    """
+    if not _is_plain(cls):
+        reason = "constructor of its own" if hasattr(cls, "pure") else "step of its own"
+        raise TypeError(f"{cls.__name__} has no pure form, because it has a {reason}")
+    return cls.pure  # pyright: ignore
 
 
-def _probe(groups: ParamGroups | None) -> Optimizer:
-    """An optimizer of empty parameters in these groups, to hang schedulers on."""
-    nothing = jnp.zeros((0,))
-    if groups is None:
-        return optim.SGD(nothing, lr=0.0)
-    tree = {name: jnp.zeros((0,)) for name in groups.source.names}
-    return optim.SGD(ParamGroups(make_source(tree), groups), lr=0.0)
+def _is_plain(cls: type[Optimizer]) -> bool:
+    """Whether an optimizer is a pure function and nothing else."""
+    is_ours = cls.__init__.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return hasattr(cls, "pure") and is_ours
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     """Reads a whole Model Zoo configuration, or its optimizer section, in either style.
 
+    Where the section ``model`` asks for muP (``mup_base_hidden_size``, ``mup_base_filter_size``),
+    its factors of the learning rate are part of the recipe; of two factors for one parameter that
+    in ``adjust_learning_rate`` counts. What changes the numbers of a run and is not acted on, such
+    as loss scaling, is named in ``recipe.warnings``.
+
     Args:
       source: the path of a YAML file, or what it holds as a dict.
 
     Raises:
-      ValueError: names the key, the rule and the value.
+      TypeError, ValueError: names the key, the rule and the value.
       OSError: if the file cannot be read.
 
     >>> recipe = load_recipe({"optimizer": {"optimizer_type": "AdamW", "learning_rate": 1e-4,
@@ -212,101 +247,108 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     config = read_config(source)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        recipe = _recipe(config)
+        recipe = _recipe(read_sections(config))
     for w in caught:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
     return dataclasses.replace(recipe, warnings=tuple(str(w.message) for w in caught))
 
 
-def read_config(source: Any) -> Mapping[str, Any]:
-    """A configuration as a mapping, from a YAML file or as it is."""
-    if isinstance(source, Mapping):
-        return source
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"a configuration is a path or a dict, got {type(source).__name__}")
-    with open(source, encoding="utf-8") as file:
-        try:
-            config = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{source} is not YAML: {error}") from None
-    if not isinstance(config, Mapping):
-        raise ValueError(f"{source} must be a YAML mapping, got {type(config).__name__}")
-    return config
-
-
-def _sections(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], list[Any]]:
-    """(optimizer name, its section, scheduler values) of either style."""
-    trainer = config.get("trainer")
-    if isinstance(trainer, list) and len(trainer) == 1:
-        trainer = trainer[0]
-        trainer = trainer.get("trainer", trainer) if isinstance(trainer, Mapping) else trainer
-    if trainer is not None:
-        init = trainer.get("init") if isinstance(trainer, Mapping) else None
-        if not isinstance(init, Mapping):
-            raise ValueError(f"trainer must be a mapping with the key 'init', got {trainer!r}")
-        return _trainer_sections(init)
-    section = config.get("optimizer", config)
-    if "optimizer" in config and _is_named(section):
-        return _trainer_sections({**config, "optimizer": section})
-    if not isinstance(section, Mapping) or "optimizer_type" not in section:
-        keys = sorted(section) if isinstance(section, Mapping) else section
-        raise ValueError(f"the optimizer section must have the key 'optimizer_type', got {keys}")
-    learning_rate = section.get("learning_rate")
-    values = [] if learning_rate is None else [learning_rate]
-    return section["optimizer_type"], dict(section), values
-
-
-def _is_named(section: Any) -> bool:
-    """Whether a section is ``{name: arguments}``."""
-    return (
-        isinstance(section, Mapping)
-        and "optimizer_type" not in section
-        and len(section) == 1
-        and isinstance(next(iter(section.values())), Mapping)
-    )
-
-
-def _trainer_sections(init: Mapping[str, Any]) -> tuple[Any, dict[str, Any], list[Any]]:
-    optimizer = init.get("optimizer")
-    if not isinstance(optimizer, Mapping) or len(optimizer) != 1:
-        raise ValueError(f"trainer.init.optimizer must be {{name: arguments}}, got {optimizer!r}")
-    name, arguments = next(iter(optimizer.items()))
-    if not isinstance(arguments or {}, Mapping):
-        raise ValueError(f"trainer.init.optimizer.{name} must be a mapping, got {arguments!r}")
-    precision = init.get("precision") or {}
-    section = {**{k: v for k, v in precision.items() if k in _LOOP_KEYS}, **(arguments or {})}
-    values = init.get("schedulers", init.get("scheduler")) or []
-    values = list(values) if isinstance(values, list | tuple) else [values]
-    if "learning_rate" in section and not values:
-        values = [section["learning_rate"]]
-    return name, section, values
-
-
-def _recipe(config: Mapping[str, Any]) -> Recipe:
-    name, section, schedulers = _sections(config)
-    cls = find_class(name, Optimizer)
-    values = {k: v for k, v in section.items() if k not in _LOOP_KEYS}
-    recipe = Recipe(
+def _recipe(sections: Sections) -> Recipe:
+    cls = find_class(sections.optimizer_type, Optimizer, "optimizer_type")
+    values = optimizer_arguments(cls, sections.optimizer)
+    if _is_plain(cls):
+        _check_ranges(cls, values)
+    params = sections.others.get("params")
+    filters = param_filters(params)
+    configs = [schedule_config(v, kind_of(v), at) for at, v in sections.schedulers]
+    schedulers = [config for config in configs if config is not None]
+    _check_schedulers(cls, schedulers, {tag for f in filters for tag in f.tags})
+    factors = _factors(sections)
+    is_scaled = bool(factors) or any("adjust_learning_rate" in f.values for f in filters)
+    if is_scaled:
+        _check_scaling(cls, values, schedulers)
+        schedulers = [config.scaled() for config in schedulers]
+    if sections.ignored:
+        warnings.warn(f"not acted on: {', '.join(sections.ignored)}", stacklevel=3)
+    return Recipe(
         cls,
-        optimizer_arguments(cls, values),
+        values,
         tuple(schedulers),
-        _positive(section, "max_gradient_norm"),
-        _positive(section, "max_gradient_value"),
-        section.get("adjust_learning_rate"),
-        section.get("params"),
+        _positive(sections.others, "max_gradient_norm"),
+        _positive(sections.others, "max_gradient_value"),
+        factors or None,
+        [dict(given) for given in _listed(params)] or None,
     )
-    nothing = jnp.zeros((0,))
-    cls(nothing, **recipe.optimizer_values)  # checks ranges now
-    for value in schedulers:
-        if not _has_tags(value):  # tags need the parameters' groups
-            _make_scheduler(_probe(None), value, recipe.adjust_learning_rate)
-    return recipe
 
 
-def _has_tags(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return "param_group_tags" in value or any(_has_tags(v) for v in value.values())
-    return isinstance(value, list | tuple) and any(_has_tags(v) for v in value)
+def _check_ranges(cls: type[Optimizer], values: Mapping[str, Any]) -> None:
+    try:
+        cls.pure(**{k: v for k, v in values.items() if k != _COUNTS})  # pyright: ignore
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(shortened(f"{cls.__name__}: {error}")) from None
+
+
+def _factors(sections: Sections) -> dict[Any, float]:
+    """The factors of the learning rate: those of muP, and those that are given over them."""
+    model, given = sections.model, sections.others.get("adjust_learning_rate")
+    sizes = {k: v for k, v in model.items() if k in _SIZES}
+    check_plain("model", sizes)
+    derived = mup_factors({**sizes, **{k: model.get(k) for k in ("name", _OF_BERT) if k in model}})
+    unknown = [k for k, v in model.items() if str(k).startswith("mup_") and v is not None]
+    unknown = [k for k in unknown if k not in _SIZES]
+    if unknown:
+        warnings.warn(f"not acted on: {', '.join(f'model.{k}' for k in unknown)}", stacklevel=3)
+    factors = lr_factors(given)
+    left_out = (given or {}).keys() - factors.keys()
+    if factors and derived.keys() - left_out:
+        warnings.warn(
+            f"adjust_learning_rate={shown(dict(given or {}))} counts where it and the factors of "
+            f"model.mup_base_hidden_size and mup_base_filter_size differ: {derived}",
+            stacklevel=3,
+        )
+    return {**{k: v for k, v in derived.items() if k not in (given or {})}, **factors}
+
+
+def _check_scaling(
+    cls: type[Optimizer], values: Mapping[str, Any], schedulers: Sequence[ScheduleConfig]
+) -> None:
+    """Sees to it that somebody reads the factors of the learning rate."""
+    if any(config.key == "lr" for config in schedulers):
+        return
+    rate = rate_key(cls)
+    if rate not in inspect.signature(cls).parameters:
+        warnings.warn(f"adjust_learning_rate is not used: {cls.__name__} has no lr", stacklevel=4)
+    elif values.get(rate, 0.0) is None:
+        raise ValueError(f"adjust_learning_rate needs a number lr of {cls.__name__}, got lr=None")
+
+
+def _check_schedulers(
+    cls: type[Optimizer], schedulers: Sequence[ScheduleConfig], known: set[str]
+) -> None:
+    """Refuses schedulers that no parameters can make right."""
+    names = inspect.signature(cls).parameters
+    for config in schedulers:
+        tags = config.param_group_tags
+        key = rate_key(cls) if config.key == "lr" else config.key
+        if _is_plain(cls) and key not in names:
+            raise ValueError(f"{config.where}: {cls.__name__} has no {config.key} to schedule")
+        if tags is not None and not set(tags) & {*known, None}:
+            raise ValueError(
+                f"{config.where}: param_group_tags {shown(tags)} are no tags of the optimizer's "
+                f"params, which have {shown(sorted(known))}"
+            )
+    for one, other in itertools.combinations(schedulers, 2):
+        a, b = one.param_group_tags, other.param_group_tags
+        if one.key == other.key and (a is None or b is None or set(a) & set(b)):
+            raise ValueError(
+                f"{one.where} and {other.where} both drive the {one.key} of one group; their "
+                f"param_group_tags are {shown(a)} and {shown(b)}"
+            )
+
+
+def _listed(params: Any) -> Sequence[Any]:
+    return [params] if isinstance(params, Mapping) else params or ()
 
 
 def _positive(section: Mapping[str, Any], key: str) -> float | None:

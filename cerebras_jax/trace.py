@@ -9,40 +9,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
-from cerebras_jax.checks import is_number, is_traced
-from cerebras_jax.interrupts import deferred_interrupts
-from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.optim.scheduler import Scheduler
-from cerebras_jax.optim.sources import ModuleSource
-from cerebras_jax.optim.step import as_argument
-from cerebras_jax.ownership import unshared
+from cerebras_jax.checks import any_traced, is_number, is_traced
+from cerebras_jax.donation import Donate, Donor
+from cerebras_jax.programs import Programs
+from cerebras_jax.signals import deferred_signals
+from cerebras_jax.stateful import OUTSIDE, Memento, Stateful, is_reference
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def trace(fn: Callable[P, R]) -> Callable[P, R]:
+def trace(fn: Callable[P, R], donate: Donate = "auto") -> Callable[P, R]:
     """Compiles a training step as one program that updates its stateful arguments in place.
 
-    Optimizers, schedulers and nnx modules, wherever they are in the arguments, are updated in
-    place: inside, they are used as in ordinary Python. Their buffers are donated, so a step
-    needs no second copy of parameters and state. A new learning rate, or any other number edited
-    in a group between calls, does not recompile; another structure, shape or flag does.
+    Optimizers, schedulers and nnx modules, and whatever else is `Stateful`, wherever they are in
+    the arguments, are updated in place: inside, they are used as in ordinary Python. Their buffers
+    are donated, so a step needs no second copy of parameters and state. A new learning rate, or
+    any other number edited in a group between calls, does not recompile; another structure, shape
+    or flag does. Nothing waits for the device: the host may run ahead.
 
     Numbers and arrays are traced; bool, str, None and other hashable arguments are static.
     Arrays of an optimizer or a module that somebody else still holds stay valid: they are copied
-    before their buffers would be given away.
+    before their buffers would be given away. Calls on the same objects from several threads
+    follow one another.
 
     Args:
       fn: a function that may call ``optimizer.step`` and ``scheduler.step``. It runs in Python
         only while it is compiled.
+      donate: whether the old buffers are given away: "auto", those that nobody else holds; True,
+        all of them; False, none.
 
     Returns:
-      A function with fn's signature and result. If fn raises, every argument is as before.
+      A function with fn's signature and result. If fn raises, every argument is as before. If the
+      compiled program fails while it runs, what it was given is lost with it, unless donate=False.
 
     Raises:
-      RuntimeError: if fn changes the structure of an argument, e.g. adds a parameter group.
+      RuntimeError: if fn changes the structure of an argument, e.g. adds a parameter group, or an
+        object that is no argument.
 
     >>> from cerebras_jax import optim
     >>> opt = optim.SGD({"w": jnp.array([1.0, 2.0])}, lr=0.5)
@@ -54,19 +59,22 @@ def trace(fn: Callable[P, R]) -> Callable[P, R]:
     >>> opt.params["w"]
     Array([0.5, 1.5], dtype=float32)
     """
-    compiled = jax.jit(functools.partial(_run, fn), static_argnums=0, donate_argnums=1)
+    donor = Donor(donate)
+    programs: Programs[_Key, _Program] = Programs(functools.partial(_Program, fn))
 
     @functools.wraps(fn)
     def traced(*args: P.args, **kwargs: P.kwargs) -> R:
         call = _Call((args, kwargs))
-        donated, numbers, inputs = call.inputs()
-        with deferred_interrupts():
-            try:
-                arrays, changed, out = compiled(call, donated, numbers, inputs)
-            finally:
-                targets = call.release()
-            _write_back(targets, arrays, changed)
-        return out
+        with contextlib.ExitStack() as stack:
+            for lock in call.locks():
+                stack.enter_context(lock)
+            while True:
+                call.take_apart()
+                try:
+                    return programs.get(call.key, call.owners()).run(call, donor)
+                except _BecameLive as change:
+                    for obj, live in zip(call.objects, change.live, strict=True):
+                        obj.set_live(live)
 
     return traced
 
@@ -81,60 +89,102 @@ class _Slot(NamedTuple):
 _ARRAY = _Slot("array", None)
 
 
-class _Call:
-    """One call: the stateful objects in the arguments, and a key for the program it needs.
+class _Key:
+    """What decides which program serves a call; its hash is worked out once."""
 
-    Two calls are equal if the same program serves both. JAX keeps the key, so the objects are
-    let go of when the call is over.
-    """
-
-    def __init__(self, arguments: Any):
-        leaves, treedef = jax.tree.flatten(arguments, is_leaf=_is_stateful)
-        self.objects: list[Optimizer | Scheduler] = []
-        self.modules: list[nnx.Module] = []
-        self.arrays: list[Any] = []
-        self.treedef = treedef
-        self.slots = tuple(self._slot(x) for x in leaves)
-        # What the arguments refer to takes part too; the links say which refers to which.
-        links = tuple(self._links(obj) for obj in self.objects)
-        self.graphdef, self.module_state = nnx.split(tuple(self.modules))
-        static = tuple(obj._static() for obj in self.objects)
-        self.key = (treedef, self.slots, links, static, self.graphdef)
+    def __init__(self, *parts: Any):
+        self.parts = parts
         try:
-            self.hash = hash(self.key)
+            self.hash = hash(parts)
         except TypeError as error:
             raise TypeError(f"a static argument of a traced function: {error}") from None
 
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.parts == other.parts
+
+
+class _Call:
+    """One call: the stateful objects in the arguments, taken apart."""
+
+    def __init__(self, arguments: Any):
+        leaves, self.treedef = jax.tree.flatten(
+            arguments, is_leaf=lambda x: _is_reference_type(type(x))
+        )
+        self.objects: list[Stateful] = []
+        self.modules: list[nnx.Module] = []
+        self.inputs: list[Any] = []
+        self.slots = tuple(self._slot(x) for x in leaves)
+        self.links: list[tuple] = []
+        for obj in self.objects:  # grows on the way: what the arguments refer to takes part too
+            self.links.append(tuple(self._index(ref) for ref in obj.parts().refs))
+
     def _slot(self, x: Any) -> _Slot:
-        if isinstance(x, jax.Array | np.ndarray | np.bool_) or is_number(x):
-            self.arrays.append(x)
+        if _is_array_type(type(x)) or is_number(x):
+            self.inputs.append(x)
             return _ARRAY
-        if isinstance(x, nnx.Module):
-            return _Slot("module", _index_of(x, self.modules))
-        if _is_stateful(x):
-            return _Slot("object", _index_of(x, self.objects))
+        if is_reference(x):
+            return _Slot(*self._index(x))
         return _Slot("static", x)
 
-    def _links(self, obj: Any) -> Any:
-        # Appends to the list that is being walked, so that an optimizer's modules come too.
-        if isinstance(obj, Scheduler):
-            return _index_of(obj.optimizer, self.objects)
-        return tuple(_index_of(module, self.modules) for module in obj.modules())
+    def _index(self, x: Any) -> tuple[str, int]:
+        if isinstance(x, nnx.Module):
+            return "module", _index_of(x, self.modules)
+        return "object", _index_of(x, self.objects)
 
-    def optimizers(self) -> list[Optimizer]:
-        return [obj for obj in self.objects if isinstance(obj, Optimizer)]
+    def locks(self) -> list[Any]:
+        """In one order for all calls, so that they do not wait for each other."""
+        return [obj.lock for obj in sorted(self.objects, key=id)]
 
-    def inputs(self) -> tuple[Any, Any, Any]:
-        """(arrays to donate, numbers, the function's own arrays)."""
-        for opt in self.optimizers():
-            opt._check_groups()
-        parts = [_split(obj) for obj in self.objects]
-        donated = unshared(([arrays for arrays, _ in parts], self.module_state))
-        return donated, [numbers for _, numbers in parts], self.arrays
+    def owners(self) -> list[Any]:
+        return [*self.objects, *self.modules]
 
-    def arguments(self, modules: Sequence[nnx.Module], arrays: Sequence[Any]) -> Any:
+    def take_apart(self) -> None:
+        """Sets the arrays, the numbers, and the key of the program."""
+        for obj in self.objects:
+            obj.check()
+        parts = [obj.parts() for obj in self.objects]
+        self.arrays = [p.arrays for p in parts]
+        self.given = [p.numbers for p in parts]
+        self.numbers = [o.as_arguments(p.numbers) for o, p in zip(self.objects, parts, strict=True)]
+        self.hints = [obj.hints() for obj in self.objects]
+        self.graphdef, self.module_state = nnx.split(tuple(self.modules))
+        self.key = _Key(
+            self.treedef,
+            self.slots,
+            tuple(self.links),
+            tuple(p.static for p in parts),
+            tuple(self.hints),
+            self.graphdef,
+        )
+
+    def donated(self, donor: Donor) -> tuple[list[list[Any]], Any]:
+        """The arrays, of which nobody else holds one."""
+        state, treedef = jax.tree.flatten(self.module_state)
+        self.module_state = None
+        arrays, self.arrays = self.arrays, []
+        counts = [len(a) for a in arrays]
+        flat = [x for a in arrays for x in a]
+        del arrays
+        # Their homes hold each of them once: a list of the object, a variable of the module.
+        flat, state = donor.ready(flat, state, owners=(1, 1))
+        remaining = iter(flat)
+        return [[next(remaining) for _ in range(n)] for n in counts], treedef.unflatten(state)
+
+    def held(self) -> list[Any]:
+        """The arrays that the objects and modules hold now."""
+        arrays = [obj.parts().arrays for obj in self.objects]
+        return jax.tree.leaves((arrays, nnx.state(tuple(self.modules))))
+
+    def refs_of(self, i: int, modules: Sequence[nnx.Module]) -> list[Any]:
+        """What object i refers to, with these modules."""
+        return [modules[k] if kind == "module" else self.objects[k] for kind, k in self.links[i]]
+
+    def arguments(self, modules: Sequence[nnx.Module], inputs: Sequence[Any]) -> Any:
         """The arguments again, with other modules and arrays in them."""
-        remaining = iter(arrays)
+        remaining = iter(inputs)
         filled = {
             "object": lambda value: self.objects[value],
             "module": lambda value: modules[value],
@@ -143,109 +193,123 @@ class _Call:
         }
         return self.treedef.unflatten([filled[slot.kind](slot.value) for slot in self.slots])
 
-    def release(self) -> Any:
-        """Lets go of everything but the key; returns the objects and modules."""
-        targets = self.objects, self.modules
-        self.objects, self.modules, self.arrays, self.module_state = [], [], [], None
-        return targets
 
-    def __hash__(self) -> int:
-        return self.hash
+class _BecameLive(Exception):
+    """A constant zero that was left out of the program was set in it: it must be an argument."""
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Call) and self.key == other.key
+    def __init__(self, live: list[Any]):
+        super().__init__()
+        self.live = live
 
 
-def _run(fn: Callable[..., Any], call: _Call, donated: Any, numbers: Any, inputs: Any) -> Any:
-    """The traced body: puts tracers into the objects, runs fn, takes the results out again."""
-    arrays, module_state = donated
-    modules = nnx.merge(call.graphdef, module_state)
-    with _borrowed(call, modules):
-        for obj, a, n in zip(call.objects, arrays, numbers, strict=True):
-            _join(obj, a, n)
-        given = [_split(obj)[1] for obj in call.objects]
-        static = [obj._static() for obj in call.objects]
-        args, kwargs = call.arguments(modules, inputs)
-        out = fn(*args, **kwargs)
-        graphdef, new_module_state = nnx.split(tuple(modules))
-        if [obj._static() for obj in call.objects] != static or graphdef != call.graphdef:
-            raise RuntimeError("a traced function may not change the structure of its arguments")
-        parts = [_split(obj) for obj in call.objects]
-        changed = jax.tree.map(
-            lambda new, old: None if new is old else jnp.asarray(new, old.dtype),
-            [n for _, n in parts],
-            given,
-        )
-        # The donated arrays come first: JAX pairs buffers with results by shape and order.
-        return ([a for a, _ in parts], new_module_state), changed, out
+class _Program:
+    """A compiled training step."""
+
+    def __init__(self, fn: Callable[..., Any], key: _Key):
+        self.fn, self.key = fn, key
+        self.call: _Call | None = None  # while it is traced
+        self.hints: list[Any] = []  # of the objects after the step
+        self.compiled = jax.jit(self._body, donate_argnums=0)
+
+    def run(self, call: _Call, donor: Donor) -> Any:
+        """Runs the step, and puts the results into the objects."""
+        was_traced = any_traced(x for arrays in call.arrays for x in arrays[:1])
+        if call.objects and not was_traced and any_traced(call.inputs):
+            raise RuntimeError(OUTSIDE.format(name="an argument of a traced function"))
+        donated = call.donated(donor)
+        with deferred_signals():
+            self.call = call
+            try:
+                arrays, changed, out = self.compiled(donated, call.numbers, call.inputs)
+            except Exception as error:
+                lost = [x for x in call.held() if not is_traced(x) and x.is_deleted()]
+                if lost:
+                    error.add_note(
+                        f"{len(lost)} arrays of the arguments were given to the failed program and "
+                        "are lost: restore a checkpoint; trace(fn, donate=False) keeps them"
+                    )
+                raise
+            finally:
+                self.call = None
+            if not was_traced and any_traced(jax.tree.leaves((arrays, changed))):
+                raise RuntimeError(OUTSIDE.format(name="an argument of a traced function"))
+            self._write_back(call, arrays, changed)
+        return out
+
+    def _write_back(self, call: _Call, results: Any, changed: Any) -> None:
+        """Numbers that the function did not set stay what the caller made them."""
+        arrays, module_state = results
+        given = zip(call.objects, call.given, arrays, changed, self.hints, strict=True)
+        for obj, old, a, new, hints in given:
+            obj.restore(a, [o if n is None else n for n, o in zip(new, old, strict=True)])
+            obj.take_hints(hints)
+        if call.modules:
+            nnx.update(tuple(call.modules), module_state)
+
+    def _body(self, donated: Any, numbers: Any, inputs: Any) -> Any:
+        """The traced body: puts tracers into the objects, runs fn, takes the results out again."""
+        call = self.call
+        assert call is not None  # traced only within `run`
+        arrays, module_state = donated
+        modules = nnx.merge(call.graphdef, module_state)
+        with _borrowed(call.objects):
+            for i, obj in enumerate(call.objects):
+                obj.restore(list(arrays[i]), list(numbers[i]), call.refs_of(i, modules))
+            before = [obj.parts() for obj in call.objects]
+            live = [obj.live() for obj in call.objects]
+            args, kwargs = call.arguments(modules, inputs)
+            out = self.fn(*args, **kwargs)
+            graphdef, new_module_state = nnx.split(tuple(modules))
+            after = [obj.parts() for obj in call.objects]
+            if (now_live := [obj.live() for obj in call.objects]) != live:
+                raise _BecameLive(now_live)
+            for obj, old, new in zip(call.objects, before, after, strict=True):
+                _check_structure(obj, old, new)
+            if graphdef != call.graphdef:
+                raise RuntimeError("a traced function may not change the structure of a module")
+            changed = [
+                [
+                    None if x is y else jnp.asarray(x, y.dtype)
+                    for x, y in zip(new.numbers, old.numbers, strict=True)
+                ]
+                for new, old in zip(after, before, strict=True)
+            ]
+            self.hints = [obj.hints() for obj in call.objects]
+            # The donated arrays come first: JAX pairs buffers with results by shape and order.
+            return ([p.arrays for p in after], new_module_state), changed, out
+
+
+def _check_structure(obj: Stateful, old: Any, new: Any) -> None:
+    def shapes(parts: Any) -> list[Any]:
+        return [(jnp.shape(x), x.dtype) for x in parts.arrays]
+
+    if new.static == old.static and shapes(new) == shapes(old) and new.refs == old.refs:
+        return
+    raise RuntimeError(
+        f"a traced function may not change the structure of its arguments: that of "
+        f"{type(obj).__name__} changed (a group, a flag, a name, a shape)"
+    )
 
 
 @contextlib.contextmanager
-def _borrowed(call: _Call, modules: Sequence[nnx.Module]) -> Iterator[None]:
+def _borrowed(objects: Sequence[Stateful]) -> Iterator[None]:
     """Afterwards every object is as it was, whatever happens in between."""
-    before = [(obj, obj._dynamic()) for obj in call.objects]
-    sources = [
-        (source, source.module)
-        for opt in call.optimizers()
-        for source in opt._sources
-        if isinstance(source, ModuleSource)
-    ]
+    before = [Memento(obj) for obj in objects]
     try:
-        for source, module in sources:
-            source.attach(modules[_index_of(module, call.modules)])
         yield
     finally:
-        for source, module in sources:
-            source.attach(module)
-        for obj, dynamic in before:
-            obj._set_dynamic(dynamic)
-
-
-def _write_back(targets: Any, results: Any, changed: Any) -> None:
-    """Numbers that the function did not set stay what the caller made them."""
-    objects, modules = targets
-    arrays, module_state = results
-    for obj, a, numbers in zip(objects, arrays, changed, strict=True):
-        kept = jax.tree.map(
-            lambda new, old: old if new is None else new,
-            numbers,
-            _numbers(obj),
-            is_leaf=lambda x: x is None,
-        )
-        _join(obj, a, kept)
-    if modules:
-        nnx.update(tuple(modules), module_state)
-
-
-def _split(obj: Any) -> tuple[Any, Any]:
-    """An object's arrays (to donate) and its numbers, as arguments (which stay the caller's)."""
-    dynamic, numbers = obj._dynamic(), _numbers(obj)
-    if isinstance(obj, Scheduler):
-        epoch, values = numbers["last_epoch"], numbers["last_lr"]
-        epoch = epoch if is_traced(epoch) else np.asarray(epoch, np.int32)
-        return (), {"last_epoch": epoch, "last_lr": [as_argument(v) for v in values]}
-    del dynamic["numbers"]
-    return dynamic, jax.tree.map(as_argument, numbers)
-
-
-def _numbers(obj: Any) -> Any:
-    return obj._dynamic() if isinstance(obj, Scheduler) else obj._dynamic()["numbers"]
-
-
-def _join(obj: Any, arrays: Any, numbers: Any) -> None:
-    if isinstance(obj, Scheduler):
-        obj._set_dynamic(numbers)
-    else:
-        obj._set_dynamic({**arrays, "numbers": numbers})
-
-
-def _is_stateful(x: Any) -> bool:
-    return _is_stateful_type(type(x))
+        for memento in before:
+            memento.undo()
 
 
 @functools.cache
-def _is_stateful_type(kind: type) -> bool:
-    return issubclass(kind, Optimizer | Scheduler | nnx.Module)
+def _is_array_type(kind: type) -> bool:
+    return issubclass(kind, jax.Array | np.ndarray | np.bool_ | Tracer)
+
+
+@functools.cache
+def _is_reference_type(kind: type) -> bool:
+    return issubclass(kind, Stateful | nnx.Module)
 
 
 def _index_of(x: Any, known: list[Any]) -> int:

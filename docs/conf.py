@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from docutils import nodes
 from sphinx.util.nodes import make_refnode
 
-from cerebras_jax.optim.optimizer import RuleOptimizer
 from cerebras_jax.optim.scheduler import ScheduleScheduler
+from cerebras_jax.optim.shell import ShellOptimizer
 
 DOCS = Path(__file__).parent
 
@@ -83,7 +83,7 @@ def shell_docstring(app: Any, what: str, name: str, obj: Any, options: Any, line
     # napoleon escapes the first star only
     lines[:] = [line.replace("*args, **kwargs:", r"\*args, \*\*kwargs:") for line in lines]
     first = lines[: lines.index("")] if "" in lines else list(lines)
-    if issubclass(obj, RuleOptimizer) and "pure" in dir(obj):
+    if issubclass(obj, ShellOptimizer) and "pure" in dir(obj):
         lines[:] = [*first, "", *optimizer_facts(obj), ""]
     elif issubclass(obj, ScheduleScheduler) and "schedule_type" in dir(obj):
         twin = f"Pure twin: :py:obj:`~cerebras_jax.schedules.{obj.schedule_type.__name__}`."

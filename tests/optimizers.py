@@ -29,6 +29,11 @@ OPTIMIZERS = [
     Entry("adam", {"lr": 0.1, "amsgrad": True}),
     Entry("adamw", {"lr": 0.1, "weight_decay": 0.1}),
     Entry("adamw", {"lr": 0.1, "correct_bias": False}),
+    Entry("adamw_schedule_free", {"lr": 0.1, "weight_decay": 0.1}),
+    Entry("adamw_schedule_free", {"lr": 0.1, "weight_decay": 0.01, "warmup_steps": 3, "r": 0.5}),
+    Entry("ademamix", {"lr": 0.1, "weight_decay": 0.1, "alpha_warmup": 3, "beta3_warmup": 3}),
+    Entry("adopt", {"lr": 0.1, "weight_decay": 0.01, "decouple": True}),
+    Entry("adopt", {"lr": 0.1, "weight_decay": 0.1, "decouple": True, "clip_exp": None}),
     Entry("asgd", {"lr": 0.1, "lambd": 0.01, "t0": 1}),
     Entry("adadelta", {"lr": 0.5, "weight_decay": 0.01}),
     Entry("adafactor", {"lr": 0.1, "weight_decay": 0.01}),
@@ -42,5 +47,7 @@ OPTIMIZERS = [
     Entry("rmsprop", {"lr": 0.1, "weight_decay": 0.01}),
     Entry("rmsprop", {"lr": 0.1, "momentum": 0.9, "centered": True, "eps": 1e-3}),
     Entry("rprop", {"lr": 0.1}),
+    # A large eps: in directions without gradients there is only rounding noise to divide.
+    Entry("soap", {"lr": 0.3, "eps": 1.0, "precondition_frequency": 2}),
     Entry("adam_base", {"lr": 0.1, "weight_decay": 0.1, "l2_regularization_rate": 0.01}),
 ]

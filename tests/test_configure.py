@@ -1,12 +1,16 @@
 """Optimizers, schedulers and groups from configuration values."""
 
+import contextlib
+import copy
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from cerebras_jax import optim
+from cerebras_jax import optim, schedules
 from cerebras_jax.optim import lr_scheduler as lrs
+from cerebras_jax.optim.schedule_config import schedule_config
 
 PARAMS = {"w": jnp.ones(3)}
 
@@ -214,7 +218,241 @@ def test_further_groups_and_tags():
         Model(nnx.Rngs(0)), {"params": [{"params": "embedding.*", "tag": "slow", "lr": 0.0}]}
     )
     by_name = {n: g for g in groups for n in g["params"]}
-    assert by_name["embedding.embedding"]["tag"] == "slow"
-    assert "tag" not in by_name["block.linear1.kernel"]
+    assert by_name["embedding.embedding"]["tags"] == ("slow",)
+    assert "tags" not in by_name["block.linear1.kernel"]
     with pytest.raises(ValueError, match=r"params\[0\]: pattern 'x\*' matches no parameter"):
         optim.configure_param_groups(PARAMS, {"params": [{"params": "x*"}]})
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def named(cls, name):
+    """A class of a user's under this name; afterwards no configuration finds it."""
+    cls.__name__ = cls.__qualname__ = name
+    try:
+        yield cls
+    finally:
+        cls.__name__ = "_Gone"
+
+
+def test_a_users_class_does_not_replace_ours():
+    class Own(optim.SGD):
+        pass
+
+    class OwnLR(lrs.LRScheduler.of(schedules.constant)):
+        pass
+
+    with named(Own, "SGD"), pytest.warns(UserWarning, match=r"'sgd' stands .*SGD is not used"):
+        assert type(optim.configure_optimizer("sgd", PARAMS, lr=0.1)) is optim.SGD
+    with named(OwnLR, "Linear"), pytest.warns(UserWarning, match=r"'Linear' .* LinearLR"):
+        assert type(optim.configure_lr_scheduler(sgd(), WARMUP)) is lrs.LinearLR
+
+
+def test_the_last_of_a_users_classes_of_one_name_counts():
+    class First(optim.SGD):
+        pass
+
+    class Second(optim.SGD):
+        pass
+
+    with named(First, "MyLatest"), named(Second, "MyLatest"):
+        assert type(optim.configure_optimizer("mylatest", PARAMS, lr=0.1)) is Second
+
+
+@pytest.mark.parametrize("name", [None, 3, ["SGD"], {}])
+def test_a_name_is_a_string(name):
+    with pytest.raises(TypeError, match="the optimizer's name must be a string, got"):
+        optim.configure_optimizer(name, PARAMS)
+
+
+# --- schedules as values --------------------------------------------------------------------------
+
+CHAIN = {"ChainedLR": {"schedulers": [nested(WARMUP), {"ConstantLR": {"learning_rate": 0.5}}]}}
+VALUES = [
+    0.1,
+    WARMUP,
+    [WARMUP, DECAY],
+    [{**WARMUP, "main_scheduler": "Chained"}, {"scheduler": "Constant", "learning_rate": 2.0}],
+    CHAIN,
+    {"SequentialLR": {"schedulers": [nested(WARMUP), nested(DECAY)], "milestones": [7]}},
+    {"SequentialLR": {"schedulers": [nested(DECAY)]}},
+    {"ScalePerParamLR": {"scheduler": {"SequentialLR": {"schedulers": [nested(WARMUP)] * 2}}}},
+    {"scheduler": "Multiplicative", "initial_learning_rate": 1.0, "coefficient": 0.9},
+    {"scheduler": "Cyclic", "base_lr": 0.1, "max_lr": 1.0, "step_size_up": 4},
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_a_schedule_needs_no_optimizer(value):
+    config = schedule_config(value)
+    scheduler = config.attach(sgd())
+    assert type(scheduler) is config.scheduler
+    assert config.schedule == scheduler.schedule
+    np.testing.assert_array_equal(config.schedule(np.arange(40)), scheduler.schedule(np.arange(40)))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ({"ScalePerParamLR": CHAIN}, ValueError, "takes one key, 'scheduler', got"),
+        ({"ScalePerParamLR": {"scheduler": CHAIN}}, ValueError, "cannot scale a chained"),
+        ({"ScalePerParamLR": {"scheduler": VALUES[-3]}}, ValueError, "cannot scale another"),
+        ({"SequentialLR": {"schedulers": [VALUES[-3]]}}, ValueError, r"\[0\]: .* be the outermost"),
+        ({"SequentialLR": {"schedulers": 3}}, ValueError, "SequentialLR.schedulers must be a list"),
+        ({"LinearLR": {"schedulers": []}}, ValueError, "LinearLR is not made of schedulers"),
+        ({**WARMUP, "param_group_tags": 3}, TypeError, "param_group_tags must be a tag or a list"),
+        ({**WARMUP, "total_iters": 10**400}, ValueError, "total_iters must be finite, got an int"),
+        ({**WARMUP, 3: 4}, TypeError, "keys must be strings, got 3"),
+        ({**WARMUP, "total_iters": {"a": 1}}, TypeError, "total_iters must be a number, a flag"),
+        (
+            [{**WARMUP, "param_group_tags": "a"}, {**DECAY, "param_group_tags": "b"}],
+            ValueError,
+            "all param_group_tags must be the same",
+        ),
+    ],
+)
+def test_bad_compositions(value, error, message):
+    with pytest.raises(error, match=message):
+        schedule_config(value)
+
+
+def test_endless_and_enormous_values():
+    endless = []
+    endless.append({"scheduler": "SequentialLR", "schedulers": endless})
+    bomb = ["x"]
+    for _ in range(40):
+        bomb = [bomb] * 10
+    wide = [[0.1] * 1000] * 1000
+    for value, rule in ((endless, "at most 32 deep"), (bomb, "at most 32"), (wide, "100000 val")):
+        with pytest.raises(ValueError, match=f"learning_rate must .*{rule}"):
+            optim.configure_lr_scheduler(sgd(), value)
+
+
+class InverseLR(lrs.LRScheduler):
+    def __init__(self, optimizer, initial_learning_rate, param_group_tags=None):
+        self.initial_learning_rate = initial_learning_rate
+        super().__init__(optimizer, param_group_tags=param_group_tags)
+
+    def _get_closed_form_lr(self):
+        return self.initial_learning_rate / (1 + self.last_epoch)
+
+
+class GroupsLR(InverseLR):
+    def _get_closed_form_lr(self):
+        return self.initial_learning_rate * len(self.optimizer.param_groups)
+
+
+def test_a_users_scheduler_in_both_forms():
+    entry = {"scheduler": "Inverse", "initial_learning_rate": "1.0", "total_iters": 4}
+    config = schedule_config([entry, {"scheduler": "Constant", "learning_rate": 3.0}])
+    assert [config.schedule(t) for t in (0, 3, 4)] == [1.0, 0.25, 3.0]
+    scheduler = config.attach(sgd())
+    for _ in range(3):
+        scheduler.step()
+    assert scheduler.get_last_lr() == [0.25]
+
+    config = schedule_config({**entry, "scheduler": "Groups"})
+    assert config.attach(sgd()).get_last_lr() == [1.0]
+    with pytest.raises(TypeError, match="learning_rate: GroupsLR: its schedule needs an optimizer"):
+        _ = config.schedule
+
+
+def test_the_parts_of_a_tagged_schedule_leave_other_groups_alone():
+    groups = optim.param_groups(
+        {"a": jnp.ones(1), "b": jnp.ones(1)}, [{"params": "a", "tag": "x"}, {"params": "b"}]
+    )
+    opt = optim.SGD(groups, lr=9.0)
+    for value in ([WARMUP, DECAY], [{**WARMUP, "main_scheduler": "Chained"}, DECAY]):
+        entries = [{**value[0], "param_group_tags": "x"}, *value[1:]]
+        schedule_config(entries).attach(opt)
+        assert [group["lr"] for group in opt.param_groups] == [0.0, 9.0]
+
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
+def test_what_has_bias_in_its_name_does_not_decay():
+    names = {
+        "attn.in_proj_bias": False,
+        "lstm.bias_ih_l0": False,
+        "relative_attention_bias.weight": False,
+        "dense.kernel": True,
+    }
+    tree = {name: jnp.ones(2) for name in names}
+    assert decayed(optim.configure_param_groups(tree, {})) == names
+
+
+def test_a_parameter_has_the_tags_of_all_filters_that_match_it():
+    tree = {"a": {"weight": jnp.ones(2), "scale": jnp.ones(2)}, "b": {"weight": jnp.ones(2)}}
+    filters = [{"params": ["*weight", "*nothing"], "tag": "wd"}, {"params": "a.*", "tag": "lr_a"}]
+    groups = optim.configure_param_groups(tree, {"params": filters})
+    tags = {name: group.get("tags") for group in groups for name in group["params"]}
+    assert tags == {"a.weight": ("lr_a", "wd"), "b.weight": ("wd",), "a.scale": ("lr_a",)}
+    (one,) = optim.configure_param_groups(
+        {"w": jnp.ones(1)}, {"params": {"params": "*", "tag": "t"}}
+    )
+    assert one["tags"] == ("t",)
+    with pytest.raises(ValueError, match=r"params\[0\]: patterns \['x', 'y'\] match no parameter"):
+        optim.configure_param_groups(tree, {"params": {"params": ["x", "y"], "tag": "t"}})
+
+
+@pytest.mark.parametrize("key", ["lr", "learning_rate"])
+def test_a_constant_rate_is_adjusted(key):
+    rules = {key: "0.5", "adjust_learning_rate": {"embedding": 0.5, "w": None}}
+    groups = optim.configure_param_groups({"embedding": jnp.ones(2), "w": jnp.ones(2)}, rules)
+    opt = optim.configure_optimizer("SGD", groups, **{key: "0.5"})
+    opt.step(opt.params)
+    np.testing.assert_allclose(opt.params["embedding"], 0.75)
+    np.testing.assert_allclose(opt.params["w"], 0.5)
+
+
+def test_a_factor_that_nobody_reads():
+    groups = optim.configure_param_groups(
+        {"embedding": jnp.ones(2)}, {"adjust_learning_rate": {"embedding": 0.5}}
+    )
+    opt = optim.SGD(groups, lr=0.1)
+    with pytest.warns(
+        UserWarning, match="adjust_learning_rate of the parameter groups is not used"
+    ):
+        optim.configure_lr_scheduler(opt, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("rules", "error", "message"),
+    [
+        ({"adjust_learning_rate": ["a"]}, TypeError, "adjust_learning_rate must map .* got .'a'"),
+        ({"adjust_learning_rate": {1: 2}}, TypeError, "adjust_learning_rate: keys must .* got 1"),
+        ({"adjust_learning_rate": {"w": "x"}}, ValueError, r"\['w'\] must be a number, got 'x'"),
+        ({"params": "w"}, TypeError, "params must be .* got 'w'"),
+        ({"params": [3]}, TypeError, r"params\[0\] must be .* got 3"),
+        ({"params": [{"params": 3}]}, TypeError, r"params\[0\]: 'params' must be strings, got 3"),
+        ({"params": {"params": "w", "tag": 1}}, TypeError, "'tag' must be strings, got 1"),
+        ({"params": {"params": "w", "lr": "x"}}, ValueError, r"\[0\].lr must be a number, got 'x'"),
+    ],
+)
+def test_bad_groups(rules, error, message):
+    with pytest.raises(error, match=message):
+        optim.configure_param_groups(PARAMS, rules)
+
+
+def test_groups_are_a_value():
+    array = np.ones(2, np.float32)
+    groups = optim.param_groups({"w": array, "b": jnp.ones(2)}, [{"params": "b", "lr": 0.0}])
+    array[:] = 7.0
+    for lr in (0.1, 0.2):
+        opt = optim.SGD(groups, lr=lr)
+        np.testing.assert_array_equal(opt.params["w"], 1.0)
+        opt.step({"w": jnp.ones(2), "b": jnp.ones(2)})
+        np.testing.assert_allclose(opt.params["w"], 1.0 - lr)
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        groups[0]["lr"] = 1.0
+    assert copy.deepcopy(groups)[0] == groups[0] == {"params": ("b",), "lr": 0.0}
+
+
+def test_optimizers_of_one_groups_object_share_a_module():
+    model = Model(nnx.Rngs(0))
+    groups = optim.param_groups(model, [{"params": "embedding.*", "lr": 0.0}])
+    one, other = optim.SGD(groups, lr=0.1), optim.SGD(groups, lr=0.1)
+    assert one.params is other.params is model

@@ -161,6 +161,13 @@ def test_centered_rmsprop_stays_finite():
         assert np.isfinite(path(tx, np.tile(g, (300, 1)), 0 * g)).all()
 
 
+def test_rmsprops_alpha_is_a_decay_rate():
+    """Oracle: torch, which takes the root of a negative average."""
+    assert np.isnan(torch_path("RMSprop", GRADS[:1], alpha=1.5)).all()
+    with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 1.5"):
+        optim.rmsprop(alpha=1.5)
+
+
 def test_radams_rectification_in_float32():
     """Oracle: rho_t in float64. Computed in float32 it is off by 0.006 at t = 6."""
     b2 = float(np.float32(0.999))
@@ -244,24 +251,19 @@ def test_any_scheduler_can_be_chained():
 # --- torch ----------------------------------------------------------------------------------------
 
 
-def eps_after_correction(eps, b2=0.999):
-    """The eps of torch and optax as a schedule for ours, which is added before the correction."""
-    return lambda t: eps * jnp.sqrt(1 - b2 ** (t + 1.0))
-
-
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, 0.0024), (1e-3, 0.64)])
 def test_eps_before_the_bias_correction(scale, expected):
     """Oracle: torch. The same eps differs most in the first step, with small gradients."""
     grads = GRADS[:10] * scale
     theirs = torch_path("Adam", grads, eps=1e-6)
     assert size(path(optim.adam(), grads), theirs, 0) == pytest.approx(expected, rel=0.05)
-    ours = path(optim.adam(eps=eps_after_correction(1e-6)), grads)
+    ours = path(optim.adam(eps=schedules.torch_eps(1e-6)), grads)
     np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_adamw_with_torchs_eps(amsgrad):
-    tx = optim.adamw(eps=eps_after_correction(1e-8), weight_decay=1e-2, amsgrad=amsgrad)
+    tx = optim.adamw(eps=schedules.torch_eps(1e-8), weight_decay=1e-2, amsgrad=amsgrad)
     np.testing.assert_allclose(path(tx), torch_path("AdamW", amsgrad=amsgrad), rtol=1e-12)
 
 
@@ -369,9 +371,9 @@ SAME = {
         optim.sgd(FALLING, momentum=0.9, nesterov=True),
         optax.sgd(FALLING, 0.9, nesterov=True),
     ),
-    "adam": (optim.adam(eps=eps_after_correction(1e-8)), optax.adam(1e-3)),
+    "adam": (optim.adam(eps=schedules.torch_eps(1e-8)), optax.adam(1e-3)),
     "adamw": (
-        optim.adamw(eps=eps_after_correction(1e-8), weight_decay=1e-4),
+        optim.adamw(eps=schedules.torch_eps(1e-8), weight_decay=1e-4),
         optax.adamw(1e-3),
     ),
     "lion": (optim.lion(weight_decay=1e-3), optax.lion(1e-4)),

@@ -48,7 +48,8 @@ ORIGINAL_METHODS = {
 
 def public(module):
     """Names of the classes and functions that users of a module meet."""
-    own = module.__name__ in ("cerebras_jax", "cerebras_jax.optim")  # faces: what they import
+    faces = ("cerebras_jax", "cerebras_jax.optim", "cerebras_jax.schedules")
+    own = module.__name__ in faces  # of these all that they import
     return [
         name
         for name, value in vars(module).items()

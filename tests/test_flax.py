@@ -53,8 +53,9 @@ def test_only_the_wanted_variables_are_trained(entry):
     kernel = model.frozen.kernel[...]
     adapter = model.adapter.lora_b[...]
     optimizer = nnx.Optimizer(model, tx_of(entry), wrt=nnx.LoRAParam)
-    grads = nnx.grad(loss_fn, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
-    optimizer.update(model, grads)
+    for _ in range(2):  # ADOPT's first step moves nothing
+        grads = nnx.grad(loss_fn, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+        optimizer.update(model, grads)
     np.testing.assert_array_equal(model.frozen.kernel[...], kernel)
     assert not np.array_equal(model.adapter.lora_b[...], adapter)
 

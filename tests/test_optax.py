@@ -70,8 +70,10 @@ def test_inject_hyperparams(entry, dtype):
         return
     state.hyperparams["lr"] = jnp.zeros((), dtype)
     updates, _ = tx.update(grads, state, params)
-    # asgd's first steps use the rate of the constructor; adafactor's average remembers steps
-    if entry.name != "asgd" and "beta1" not in entry.kwargs:
+    # asgd's first steps use the rate of the constructor; the averages of adafactor and of
+    # schedule-free AdamW remember steps
+    remembers = entry.name in ("asgd", "adamw_schedule_free") or "beta1" in entry.kwargs
+    if not remembers:
         assert all(not np.any(u) for u in jax.tree.leaves(updates))
 
 

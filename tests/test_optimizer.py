@@ -60,9 +60,9 @@ def test_one_compilation_for_100_learning_rates(entry, compilations):
 @every
 def test_no_state_is_created_in_a_step(entry):
     opt = make(entry)
-    before = jax.tree.map(lambda x: (x.shape, x.dtype), opt._state_arrays())
+    before = jax.tree.map(lambda x: (x.shape, x.dtype), opt.parts().arrays)
     opt.step(GRADS)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), opt._state_arrays()) == before
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), opt.parts().arrays) == before
 
 
 @every
@@ -207,18 +207,22 @@ def test_signatures_show_the_same_arguments(entry):
     pure, cls = inspect.signature(entry.pure), inspect.signature(entry.cls)
     names = list(cls.parameters)
     assert names[0] == "params"
-    assert names[-2:] == ["enable_global_step", "state_dtype"]
-    assert [cls.parameters[n] for n in names[1:-2]] == list(pure.parameters.values())[:-1]
+    of_class = ["enable_global_step", "state_dtype", "around", "donate"]
+    assert names[-len(of_class) :] == of_class
+    of_pure = ["state_dtype", "per_leaf_clocks"]
+    assert list(pure.parameters)[-len(of_pure) :] == of_pure
+    hyper = [cls.parameters[n] for n in names[1 : -len(of_class)]]
+    assert hyper == list(pure.parameters.values())[: -len(of_pure)]
     assert inspect.getdoc(entry.cls)
 
 
 @every
 def test_preinitialize_starts_over(entry):
     opt = make(entry)
-    start = snapshot(opt)[1]
     opt.step(GRADS)
     opt.preinitialize()
-    chex.assert_trees_all_equal(snapshot(opt)[1], start)
+    fresh = make(entry, jax.tree.map(jnp.copy, opt.params))
+    chex.assert_trees_all_equal(snapshot(opt), snapshot(fresh))
 
 
 @every

@@ -14,7 +14,7 @@ import yaml
 from flax import nnx
 
 import cerebras_jax as cjax
-from cerebras_jax import optim
+from cerebras_jax import optim, schedules
 from cerebras_jax.optim import lr_scheduler as lrs
 from cerebras_jax.optim import weight_decay_scheduler as wds
 
@@ -48,7 +48,13 @@ def test_configuration(config):
     opt, (scheduler,) = recipe.optimizer(PARAMS)
     assert type(opt).__name__ == original["optimizer_class"]
     check_group_values(config, opt)
-    assert sorted(recipe.warnings) == sorted(original["warnings"])
+    scaling = {k: v for k, v in config["optimizer"].items() if "loss_scal" in k and v != 1.0}
+    *others, last = [*recipe.warnings, ""]
+    if scaling:  # the original says nothing of it
+        *others, last = recipe.warnings
+        assert last.startswith("not acted on: ")
+        assert all(f"optimizer.{k}={v!r}" in last for k, v in scaling.items())
+    assert sorted(others) == sorted(original["warnings"])
 
     if original["scheduler_class"] is None:  # the original leaves a number to the optimizer
         assert type(scheduler) is lrs.ConstantLR
@@ -294,3 +300,311 @@ def test_tags():
 def test_bad_recipes(config, error, message):
     with pytest.raises(error, match=message):
         cjax.load_recipe(config)
+
+
+# --- parameters are told apart by their names -----------------------------------------------------
+
+
+def test_groups_follow_names_not_positions():
+    recipe = cjax.load_recipe(
+        {"optimizer_type": "AdamW", "learning_rate": 0.1, "weight_decay": 0.5, "params": []}
+    )
+    tx = recipe.transformation({"a": {"bias": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}})
+    other = {"a": {"kernel": jnp.ones(2)}, "b": {"bias": jnp.ones(2)}}
+    with pytest.raises(ValueError, match=r"\['a.kernel', 'b.bias'\] belong to no group"):
+        tx.init(other)
+    with pytest.raises(ValueError, match=r"\['b.kernel'\], which the tree has not"):
+        tx.init({"a": {"bias": jnp.ones(2)}})
+    ours = {"b": {"kernel": jnp.ones(2)}, "a": {"bias": jnp.ones(2)}}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, ours), tx.init(ours), ours)
+    np.testing.assert_allclose(updates["a"]["bias"], 0.0)
+    np.testing.assert_allclose(updates["b"]["kernel"], -0.05)
+
+
+# --- schedules in groups --------------------------------------------------------------------------
+
+
+def trainer(schedulers, **optimizer):
+    return {"trainer": {"init": {"optimizer": optimizer, "schedulers": schedulers}}}
+
+
+LINEAR = {"LinearLR": {"initial_learning_rate": 0.2, "end_learning_rate": 0.0, "total_iters": 4}}
+CONSTANT = {"ConstantLR": {"learning_rate": 0.1}}
+
+
+def tagged(entry, tags):
+    ((name, values),) = entry.items()
+    return {name: {**values, "param_group_tags": tags}}
+
+
+def test_scale_per_param_as_the_public_mixture_of_experts_recipes_write_it():
+    adam = {"AdamW": {"adjust_learning_rate": {"decoder_kernel": 0.5}}}
+    plain = {"SequentialLR": {"schedulers": [LINEAR, CONSTANT]}}
+    scaled = cjax.load_recipe(trainer([{"ScalePerParamLR": {"scheduler": plain}}], **adam))
+    expected = cjax.load_recipe(trainer([plain], **adam))
+    opt, (scheduler,) = scaled.optimizer(PARAMS)
+    assert type(scheduler) is lrs.ScalePerParamLR
+    assert scheduler.schedule == expected.schedule()
+    rates = {n: g["lr"] for g in opt.param_groups for n in g["params"]}
+    assert rates["decoder.linear.kernel"] == 0.1
+    assert rates["embedding.embedding"] == 0.2
+    chex.assert_trees_all_equal(class_run(scaled), class_run(expected))
+    chex.assert_trees_all_close(class_run(scaled), pure_run(scaled), rtol=2e-6)
+
+
+def test_every_tag_of_a_parameter_counts():
+    filters = [
+        {"params": ["*kernel", "embedding.*"], "tag": "wd"},
+        {"params": ["*linear*", "*conv*"], "tag": "lr_linear"},
+        {"params": ["embedding.*"], "tag": "lr_embedding"},
+    ]
+    decay = {"LinearWD": {"initial_val": 0.4, "end_val": 0.0, "total_iters": 8}}
+    config = trainer(
+        [tagged(decay, "wd"), tagged(LINEAR, "lr_linear"), tagged(CONSTANT, ["lr_embedding"])],
+        AdamW={"params": filters},
+    )
+    recipe = cjax.load_recipe(config)
+    opt, _ = recipe.optimizer(PARAMS)
+    values = {n: (g["lr"], g["weight_decay"]) for g in opt.param_groups for n in g["params"]}
+    assert values == {
+        "decoder.linear.kernel": (0.2, 0.4),
+        "decoder.linear.bias": (0.2, 0.0),
+        "embedding.embedding": (0.1, 0.4),
+    }
+    chex.assert_trees_all_close(class_run(recipe), pure_run(recipe), rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedulers", "message"),
+    [
+        ({}, [CONSTANT, LINEAR], r"schedulers\[0\] and schedulers\[1\] both drive the lr"),
+        ({}, [CONSTANT, tagged(LINEAR, "a")], r"\[1\]: param_group_tags \('a',\) are no tags"),
+        (
+            {"params": [{"params": "*kernel", "tag": "a"}, {"params": "*", "tag": "b"}]},
+            [tagged(CONSTANT, ["a", None]), tagged(LINEAR, ["b", "a"])],
+            r"schedulers\[0\] and schedulers\[1\] both drive the lr",
+        ),
+        ({}, [{"ConstantWD": {"val": 0.1}}], r"schedulers\[0\]: Rprop has no weight_decay"),
+    ],
+)
+def test_schedulers_that_no_parameters_can_make_right(optimizer, schedulers, message):
+    name = "Rprop" if "ConstantWD" in schedulers[0] else "SGD"
+    with pytest.raises(ValueError, match=message):
+        cjax.load_recipe(trainer(schedulers, **{name: optimizer}))
+
+
+def test_two_schedulers_that_meet_in_one_parameter():
+    filters = [{"params": "*kernel", "tag": "a"}, {"params": "decoder*", "tag": "b"}]
+    config = trainer([tagged(CONSTANT, "a"), tagged(LINEAR, "b")], SGD={"params": filters})
+    recipe = cjax.load_recipe(config)
+    message = r"schedulers\[0\] and schedulers\[1\] both drive the lr of .*decoder.linear.kernel"
+    for form in (recipe.optimizer, recipe.transformation):
+        with pytest.raises(ValueError, match=message):
+            form(PARAMS)
+
+
+@pytest.mark.parametrize("key", ["lr", "learning_rate"])
+def test_a_constant_rate_is_adjusted_too(key):
+    recipe = cjax.load_recipe(
+        {"optimizer_type": "SGD", key: 0.1, "adjust_learning_rate": {"embedding": 0.5}}
+    )
+    for params in (class_run(recipe, steps=1), pure_run(recipe, steps=1)):
+        np.testing.assert_allclose(params["embedding"]["embedding"], 0.95)
+        np.testing.assert_allclose(params["decoder"]["linear"]["kernel"], 0.9)
+
+
+def test_a_factor_of_a_filter_scales_the_schedule():
+    filters = {"params": "embedding.*", "adjust_learning_rate": 0.5}
+    recipe = cjax.load_recipe(trainer([CONSTANT], SGD={"params": filters}))
+    for params in (class_run(recipe, steps=1), pure_run(recipe, steps=1)):
+        np.testing.assert_allclose(params["embedding"]["embedding"], 0.95)
+        np.testing.assert_allclose(params["decoder"]["linear"]["kernel"], 0.9)
+
+
+# --- muP ------------------------------------------------------------------------------------------
+
+
+def mup(model, **optimizer):
+    config = trainer([CONSTANT], AdamW=optimizer)
+    config["trainer"]["init"]["model"] = model
+    return config
+
+
+# The width of each public model. Up to release 2.1.1 its factor stood in the file.
+WIDTHS = {"40M": 256, "111m": 768, "256m": 1088, "590m": 1536, "1p3b": 2048, "2p7b": 2560}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_derived_factors_are_those_that_older_releases_spell_out(name):
+    paths = (f"{name}_mup.yaml", f"params_gpt3_{name}.yaml")
+    (old, *_) = [
+        c["optimizer"]["adjust_learning_rate"]["decoder_kernel"]
+        for c in CONFIGS
+        if Path(c["path"]).name in paths and "adjust_learning_rate" in c["optimizer"]
+    ]
+    width = WIDTHS[name]
+    bases = {"mup_base_hidden_size": 256, "mup_base_filter_size": 1024}
+    recipe = cjax.load_recipe(mup({"hidden_size": width, "filter_size": 4 * width, **bases}))
+    expected = {} if old == 1.0 else dict.fromkeys(DECODER, pytest.approx(old, rel=1e-12))
+    assert (recipe.adjust_learning_rate or {}) == expected
+
+
+DECODER = ("decoder_attention", "decoder_input_ffn", "decoder_output_ffn")
+MODEL = {"hidden_size": 6, "filter_size": 40}
+BASES = {"mup_base_hidden_size": 2, "mup_base_filter_size": 4}
+
+
+def test_a_bert_has_a_pooler_and_its_own_names():
+    model = {"name": "bert", "hidden_size": 1024, "filter_size": 4096}
+    recipe = cjax.load_recipe(
+        mup({**model, "mup_base_hidden_size": 512, "mup_base_filter_size": 2048})
+    )
+    names = ("encoder_attention", "encoder_input_ffn", "pooler", "encoder_output_ffn")
+    assert recipe.adjust_learning_rate == dict.fromkeys(names, 0.5)
+
+
+def test_rounded_bases_make_one_group():
+    model = {"hidden_size": 7168, "filter_size": 19114}
+    recipe = cjax.load_recipe(
+        mup({**model, "mup_base_hidden_size": 256, "mup_base_filter_size": 682.6428571})
+    )
+    assert set(recipe.adjust_learning_rate.values()) == {256 / 7168}
+
+
+def block(attention, first, second, leaf):
+    return {
+        "embedding": {"weight": jnp.ones(2)},
+        "decoder": {attention: {leaf: jnp.ones(2)}, first: {leaf: jnp.ones(2)}},
+        "decoder2": {second: {leaf: jnp.ones(2)}},
+    }
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        block("self_attn.proj_q_dense", "ffn.ffn.0.linear", "ffn.ffn.1.linear", "weight"),
+        block("attention.linear_qkv", "dense_in", "dense_out", "kernel"),
+        block("attn.query", "mlp.wi_0", "mlp.wo", "kernel"),
+        block("attn.query", "mlp.up_proj", "mlp.down_proj", "kernel"),
+        block("attn.c_attn", "mlp.c_fc", "mlp.c_proj", "kernel"),
+    ],
+    ids=["zoo", "ours", "t5", "llama", "gpt2"],
+)
+def test_factors_find_their_layers(tree):
+    recipe = cjax.load_recipe(mup({**MODEL, **BASES}))
+    opt, (scheduler,) = recipe.optimizer(tree)
+    assert type(scheduler) is lrs.ScalePerParamLR
+    rates = [g["lr"] for name, _ in opt.named_parameters() for g in opt.param_groups
+             if name in g["params"]]  # fmt: skip
+    np.testing.assert_allclose(rates, [0.1 / 3, 0.1 / 3, 0.01, 0.1])
+
+
+def test_given_factors_count_and_none_leaves_out():
+    with pytest.warns(UserWarning, match="adjust_learning_rate=.* counts where it and"):
+        recipe = cjax.load_recipe(
+            mup(
+                {**MODEL, **BASES},
+                adjust_learning_rate={"decoder_attention": 0.25, "decoder_output_ffn": None},
+            )
+        )
+    assert recipe.adjust_learning_rate == {"decoder_attention": 0.25, "decoder_input_ffn": 1 / 3}
+    with pytest.raises(ValueError, match="'decoder_input_ffn' is neither a layer type with"):
+        recipe.optimizer(PARAMS)
+
+
+def test_sizes_that_a_factor_needs():
+    with pytest.raises(ValueError, match="model.hidden_size must be given beside model.mup_base"):
+        cjax.load_recipe(mup({"mup_base_hidden_size": 2}))
+    with pytest.raises(ValueError, match="model.filter_size must be > 0, got 0"):
+        cjax.load_recipe(mup({"mup_base_filter_size": 2, "filter_size": 0}))
+    with pytest.warns(UserWarning, match="not acted on: model.mup_base_d_model"):
+        cjax.load_recipe(mup({"mup_base_d_model": 2}))
+
+
+# --- what is not acted on, and what cannot be read ------------------------------------------------
+
+
+def test_what_is_not_acted_on_is_named():
+    config = trainer([CONSTANT], SGD={"learning_rate": {"scheduler": "Constant"}})
+    config["trainer"]["init"] |= {
+        "precision": {"enabled": True, "fp16_type": "cbfloat16", "loss_scaling_factor": "dynamic"},
+        "sparsity": {"sparsity": 0.75},
+        "loop": {"grad_accum_steps": 4, "max_steps": 10},
+    }
+    with pytest.warns(UserWarning, match="not acted on") as caught:
+        recipe = cjax.load_recipe(config)
+    (warning,) = recipe.warnings
+    assert warning == str(caught[0].message)
+    for part in ("precision.loss_scaling_factor='dynamic'", "precision.fp16_type='cbfloat16'",
+                 "sparsity={'sparsity': 0.75}", "loop.grad_accum_steps=4",
+                 "SGD.learning_rate={'scheduler'"):  # fmt: skip
+        assert f"trainer.init.{part}" in warning or f"trainer.init.optimizer.{part}" in warning
+    assert "enabled" not in warning
+    assert "max_steps" not in warning
+
+
+SGD = {"optimizer_type": "SGD", "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({1: 2, "x": 3}, "must have the key 'optimizer_type', got .1, 'x'"),
+        ({"trainer": {"init": {"optimizer": {"SGD": {}}, "precision": "bf16"}}},
+         "trainer.init.precision must be a mapping, got 'bf16'"),
+        (trainer([None], SGD={}), r"trainer.init.schedulers\[0\] must be .* got None"),
+        (trainer({"LinearLR": 3}, SGD={}), "schedulers must be a dict with the key"),
+        ({**SGD, "weight_decay": 10**400}, "optimizer.weight_decay must be finite, got an integer"),
+        ({**SGD, "momentum": {"a": "x" * 10**6}}, "momentum must be a number.* got {'a': 'xxx"),
+        ({**SGD, "momentum": -1}, "SGD: momentum must be >= 0, got -1"),
+        ({**SGD, "optimizer_type": 3}, "optimizer_type: the optimizer's name must be a string"),
+        ({**SGD, "learning_rate": True}, "learning_rate must be a number, a dict"),
+        ({"optimizer_type": "Adafactor", "relative_step": True,
+          "adjust_learning_rate": {"embedding": 2}}, "adjust_learning_rate needs a number lr"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_name_the_place(config, message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        cjax.load_recipe(config)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "text", [b"a: [", b"\xff\xfe\x00", b"[" * 5000, b"a: 2020-13-45", b"a: &a [*a]\nb: !!x 3"]
+)
+def test_files_that_are_no_yaml(text, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text)
+    with pytest.raises(
+        ValueError,
+        match=r"params\.yaml (is not YAML|is nested|has a value|holds|.*contains itself)",
+    ) as caught:
+        cjax.load_recipe(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_numbers_that_the_optimizer_has_not():
+    with pytest.raises(ValueError, match="SGD has no number 'beta', it has .'lr'"):
+        cjax.load_recipe(SGD).schedule("beta")
+
+
+def test_a_schedule_as_a_value_in_python():
+    schedule = schedules.linear(0.2, 0.0, 4)
+    recipe = cjax.load_recipe(
+        {"optimizer_type": "SGD", "lr": schedule, "adjust_learning_rate": {"embedding": 0.5}}
+    )
+    assert recipe.schedule() == schedule
+    np.testing.assert_allclose(pure_run(recipe, 1)["embedding"]["embedding"], 0.9)
+
+
+def test_an_optimizer_of_optax():
+    class OfOptax(optim.optimizer_of(optax.sgd)):
+        pass
+
+    section = {"optimizer_type": "ofoptax", "adjust_learning_rate": {"embedding": 0.5}}
+    for rate in ({"learning_rate": 0.1}, {"lr": 0.1}):
+        recipe = cjax.load_recipe({**section, **rate})
+        assert recipe.schedule()(0) == 0.1
+        for params in (class_run(recipe, steps=1), pure_run(recipe, steps=1)):
+            np.testing.assert_allclose(params["embedding"]["embedding"], 0.95)
+            np.testing.assert_allclose(params["decoder"]["linear"]["kernel"], 0.9)

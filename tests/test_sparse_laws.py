@@ -4,7 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from cerebras_jax import optim, schedules, sparse
 from cerebras_jax.sparse.masking import find_state, mask_states
 from cerebras_jax.sparse.topk import codes_of, top_k
+from cerebras_jax.transforms.grouped import grouped
 
 EVERY = {"update": sparse.Every(2), "init_method": "topk"}
 EACH = {"update": sparse.Every(1), "init_method": "topk"}
@@ -282,46 +283,12 @@ def test_accumulated_gradients_choose_the_mask():
     assert find_state(state).step == 1
 
 
-class Grouped(NamedTuple):
-    """A state with one `RuleState` per group, and MaskedNode in place of the other groups."""
-
-    groups: tuple[Any, ...]
-
-
-def grouped(pairs, members):
-    """A transformation of groups of leaves: ``members[i]`` are the positions of group i."""
-
-    def only(i, x):
-        leaves, treedef = jax.tree.flatten(x, is_leaf=lambda x: x is None)
-        return treedef.unflatten(
-            [leaf if j in members[i] else optax.MaskedNode() for j, leaf in enumerate(leaves)]
-        )
-
-    def init(params):
-        return Grouped(tuple(tx.init(only(i, params)) for i, tx in enumerate(pairs)))
-
-    def update(updates, state, params=None):
-        results = [
-            tx.update(only(i, updates), s, only(i, params))
-            for i, (tx, s) in enumerate(zip(pairs, state.groups, strict=True))
-        ]
-        leaves = [jax.tree.leaves(u) for u, _ in results]
-        treedef = jax.tree.structure(updates)
-        whole = [None] * treedef.num_leaves
-        for group, mine in zip(leaves, members, strict=True):
-            for j, leaf in zip(mine, group, strict=True):
-                whole[j] = leaf
-        return treedef.unflatten(whole), Grouped(tuple(s for _, s in results))
-
-    return optax.GradientTransformation(init, update)
-
-
 @pytest.mark.parametrize("kind", ["grouped", "optax.partition"])
 def test_states_of_groups(kind):
     """Groups of one optimizer are the optimizer."""
     adamw, rigl = optim.adamw(lr=0.1), ALGORITHMS["rigl"]
     if kind == "grouped":
-        groups = grouped([adamw, adamw], [(0, 1), (2,)])
+        groups = grouped([adamw, adamw], [["embedding", "layer.bias"], ["layer.kernel"]])
     else:
         labels = {"layer": {"kernel": "b", "bias": "a"}, "embedding": "a"}
         groups = optax.partition({"a": adamw, "b": adamw}, labels)

@@ -22,6 +22,7 @@ P = ParamSpec("P")
 class LRScheduler(Scheduler):
     __doc__ = Scheduler.__doc__
     key = "lr"
+    keys = ("learning_rate",)
 
     @classmethod
     def of(cls, schedule_type: Callable[P, schedules.Schedule]) -> type[ScheduleScheduler[P]]:
@@ -87,11 +88,11 @@ class LambdaLR(LRScheduler.of(schedules.product_of_lambdas)):
     The functions are given as ``lambdas``, or by a subclass that overrides `set_lr_lambda`.
     """
 
-    def _make_schedule(self, values: dict[str, Any]) -> Any:
+    def make_schedule(self, values: dict[str, Any]) -> Any:
         self.lambdas = None
         functions = values.get("lambdas") or self.set_lr_lambda() or self.lambdas
         del self.lambdas
-        return super()._make_schedule({**values, "lambdas": functions} if functions else values)
+        return super().make_schedule({**values, "lambdas": functions} if functions else values)
 
     def set_lr_lambda(self) -> Any:
         """Override it to return the functions of the step, or to set ``self.lambdas``."""
@@ -105,9 +106,9 @@ class MultiplicativeLR(LRScheduler.of(schedules.multiplicative)):
 
 
 class CyclicLR(LRScheduler.of(schedules.cyclic)):
-    def _make_schedule(self, values: dict[str, Any]) -> Any:
+    def make_schedule(self, values: dict[str, Any]) -> Any:
         scale_fn = values.get("scale_fn") or self.set_scale_fn()
-        return super()._make_schedule({**values, "scale_fn": scale_fn})
+        return super().make_schedule({**values, "scale_fn": scale_fn})
 
     def set_scale_fn(self) -> Callable[[Any], Any] | None:
         """Override it to return a function for the amplitude; None: the mode's own."""

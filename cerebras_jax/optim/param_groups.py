@@ -2,17 +2,77 @@
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, overload
 
-from cerebras_jax.optim.sources import Source, make_source
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cerebras_jax.messages import shown
+from cerebras_jax.optim.sources import make_source
 
 
-class ParamGroups(list):
-    """Groups of parameter names, together with the tree or module that the names belong to."""
+class ParamGroups(Sequence[Mapping[str, Any]]):
+    """Groups of parameter names, together with the tree or module that the names belong to.
 
-    def __init__(self, source: Source, groups: Sequence[dict[str, Any]]):
-        super().__init__(groups)
-        self.source = source
+    It is a value: neither its groups nor its arrays change. Every optimizer that is made from it
+    starts from the arrays it was made with. A module is no value: the optimizers of one
+    `ParamGroups` all update the module itself, in place.
+
+    Attributes:
+      tree: the parameters: a pytree of arrays, or the module.
+      names: their dotted names, in the order of the tree.
+
+    Args:
+      tree: a pytree of arrays or an nnx.Module.
+      groups: dicts with the dotted names of their parameters as ``"params"``; every parameter is
+        in one of them.
+
+    >>> import jax.numpy as jnp
+    >>> groups = ParamGroups({"w": jnp.ones(2)}, [{"params": ["w"], "lr": 0.1}])
+    >>> groups[0]["lr"] = 0.2
+    Traceback (most recent call last):
+      ...
+    TypeError: 'mappingproxy' object does not support item assignment
+    """
+
+    def __init__(self, tree: Any, groups: Sequence[Mapping[str, Any]]):
+        self.names = names_of(tree)
+        grouped = [name for group in groups for name in group["params"]]
+        if sorted(grouped) != sorted(self.names):
+            raise ValueError(
+                f"the groups must hold each of {shown(self.names)} once, got {shown(grouped)}"
+            )
+        self.tree = tree if isinstance(tree, nnx.Module) else jax.tree.map(_own, tree)
+        self._groups = tuple(
+            {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}
+            for group in groups
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Mapping[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        groups = [MappingProxyType(group) for group in self._groups]
+        return groups[index]
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __repr__(self) -> str:
+        return repr([{**group, "params": list(group["params"])} for group in self._groups])
+
+
+def names_of(tree: Any) -> list[str]:
+    """The dotted names of all parameters of a tree or module."""
+    return list(make_source(tree)[0].names)
+
+
+def _own(x: Any) -> Any:
+    """An array that nobody else can write to."""
+    return x if isinstance(x, jax.Array) else jnp.array(x)
 
 
 def param_groups(params: Any, groups: Sequence[Mapping[str, Any]]) -> ParamGroups:
@@ -36,34 +96,35 @@ def param_groups(params: Any, groups: Sequence[Mapping[str, Any]]) -> ParamGroup
     [{'params': ['dense.bias'], 'weight_decay': 0.0}, {'params': ['dense.kernel']}]
     """
     if isinstance(groups, Mapping):
-        raise TypeError(f"groups must be a list of dicts, got one dict: {dict(groups)!r}")
-    source = make_source(params)
-    remaining = list(source.names)
+        raise TypeError(f"groups must be a list of dicts, got one dict: {shown(dict(groups))}")
+    names = names_of(params)
+    remaining = list(names)
     result: list[dict[str, Any]] = []
     for i, group in enumerate(groups):
         patterns = group_patterns(i, group)
         for pattern in patterns:
-            if not matching(pattern, source.names):
+            if not matching(pattern, names):
                 raise ValueError(
-                    f"group {i}: pattern {pattern!r} matches none of the parameters "
-                    f"{_shorten(source.names)}"
+                    f"group {i}: pattern {pattern!r} matches none of the parameters {shown(names)}"
                 )
         mine = [n for n in remaining if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
         if not mine:
             raise ValueError(f"group {i}: earlier groups already hold all of {patterns}")
         remaining = [n for n in remaining if n not in set(mine)]
-        result.append({**group, "params": mine})
+        result.append({"params": mine, **{k: v for k, v in group.items() if k != "params"}})
     if remaining:
         result.append({"params": remaining})
-    return ParamGroups(source, result)
+    return ParamGroups(params, result)
 
 
 def group_patterns(index: int, group: Mapping[str, Any]) -> list[str]:
     """The patterns of one group, checked."""
+    if not isinstance(group, Mapping):
+        raise TypeError(f"group {index} must be a dict, got {shown(group)}")
     patterns = group.get("params")
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f'group {index}: "params" must be glob patterns, got {patterns!r}')
+        raise TypeError(f'group {index}: "params" must be glob patterns, got {shown(patterns)}')
     return list(patterns)
 
 
@@ -79,7 +140,3 @@ def is_group_list(params: Any) -> bool:
         and len(params) > 0
         and all(isinstance(g, Mapping) and "params" in g for g in params)
     )
-
-
-def _shorten(names: Sequence[str], most: int = 8) -> str:
-    return f"{list(names[:most])}{' ...' if len(names) > most else ''}"

@@ -14,14 +14,16 @@ import jax
 import numpy as np
 
 from cerebras_jax import schedules
-from cerebras_jax.checks import is_traced
+from cerebras_jax.checks import check, is_number, is_traced
+from cerebras_jax.formats.state_dict import plain_value, with_functions
+from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.optim.state_dict import plain_value
+from cerebras_jax.stateful import OUTSIDE, Fill, Memento, Parts, Stateful, freeze
 
 P = ParamSpec("P")
 
 
-class Scheduler(ABC):
+class Scheduler(Stateful, ABC):
     """Writes a schedule's value into one key of an optimizer's parameter groups.
 
     Making one sets the value of step 0; ``step()`` after every ``optimizer.step()`` sets the
@@ -56,7 +58,10 @@ class Scheduler(ABC):
         key of the same group.
     """
 
-    key: ClassVar[str]
+    key: str
+    keys: ClassVar[tuple[str, ...]] = ()  # other names of it, for optimizers that use them
+    special: ClassVar[frozenset[str]] = frozenset({"optimizer", "last_epoch", "_last_lr"})
+
     optimizer: Optimizer
     last_epoch: Any
 
@@ -73,14 +78,13 @@ class Scheduler(ABC):
         if total_iters is not None or not hasattr(self, "total_iters"):
             self.total_iters = total_iters
         self.param_group_tags = _as_tags(param_group_tags)
-        if not self.groups():
-            found = sorted({str(t) for g in optimizer.param_groups for t in group_tags(g)})
-            raise ValueError(
-                f"param_group_tags {list(self.param_group_tags or ())} match no parameter group; "
-                f"the groups' tags are {found}"
-            )
+        self._check_tags()
+        self.key = next((k for k in (self.key, *self.keys) if k in self.groups()[0]), self.key)
         if self.key not in self.groups()[0]:
             raise ValueError(f"{type(optimizer).__name__} has no {self.key!r} to schedule")
+        for i, group in enumerate(optimizer.param_groups):
+            if any(group is mine for mine in self.groups()):
+                optimizer.schedule_value(i, self.key)
         self.last_epoch = last_epoch
         self._last_lr: list[Any] = []
         self._check_unclaimed()
@@ -108,11 +112,15 @@ class Scheduler(ABC):
 
     # --- stepping ----------------------------------------------------------------------------
 
-    def step(self, *args: Any, **kwargs: Any) -> None:
+    def step(self) -> None:
         """Advances by one step and writes the new value; call it after ``optimizer.step()``."""
-        self._check_unclaimed()
-        self._claim()
-        self._advance()
+        if self.optimizer.is_traced() and not is_traced(self.last_epoch):
+            raise RuntimeError(OUTSIDE.format(name="a scheduler"))
+        with self.lock, self.optimizer.lock:
+            self._check_unclaimed()
+            self._claim()
+            self.optimizer.note_schedule()
+            self._advance()
 
     def _advance(self) -> None:
         self.increment_last_epoch()
@@ -120,11 +128,8 @@ class Scheduler(ABC):
         self.update_last_lr()
 
     def increment_last_epoch(self) -> None:
-        """Adds 1 to ``last_epoch``."""
-        epoch = self.last_epoch
-        if isinstance(epoch, jax.Array) and not is_traced(epoch):
-            epoch = int(epoch)
-        self.last_epoch = epoch + 1
+        """Adds 1 to ``last_epoch``; a device value stays on the device, unread."""
+        self.last_epoch = self.last_epoch + 1
 
     def update_groups(self, values: Sequence[Any]) -> None:
         """Writes one value into each group."""
@@ -141,6 +146,14 @@ class Scheduler(ABC):
         """The parameter groups that this scheduler writes to."""
         tags = self.param_group_tags
         return [g for g in self.optimizer.param_groups if tags is None or set(tags) & group_tags(g)]
+
+    def _check_tags(self) -> None:
+        if not self.groups():
+            tags = {str(t) for g in self.optimizer.param_groups for t in group_tags(g)}
+            raise ValueError(
+                f"param_group_tags {list(self.param_group_tags or ())} match no parameter group; "
+                f"the groups' tags are {sorted(tags)}"
+            )
 
     def _check_unclaimed(self) -> None:
         claims = claims_of(self.optimizer)
@@ -162,44 +175,94 @@ class Scheduler(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """``last_epoch`` and the constructor's values."""
-        hidden = ("optimizer", "_last_lr")
-        state = {k: plain_value(v) for k, v in vars(self).items() if k not in hidden}
+        hidden = ("optimizer", "_last_lr", "key")
+        state = {k: plain_value(v) for k, v in self._attributes().items() if k not in hidden}
         return {**state, "_last_lr": [plain_value(v) for v in self._last_lr]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned, and writes the value into the groups.
 
+        All or, on an error, nothing. A function, which is stored as None, stays the constructor's.
+
         Raises:
-          ValueError: if the dict lacks a key, or has one that this scheduler has not.
+          TypeError, ValueError: if the dict lacks a key, or has one that this scheduler has not,
+            or a value of another kind; if its tags match no group.
         """
-        self._load(state_dict)
-        self.update_groups(self.get_lr())
-        self.update_last_lr()
+        with self.lock, self.optimizer.lock:
+            before = [Memento(scheduler) for scheduler in self._family()]
+            try:
+                self._load(state_dict)
+                self._check_tags()
+                values = self._loaded_values(state_dict.get("_last_lr"))
+            except Exception as error:
+                for memento in before:
+                    memento.undo()
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"state dict of {type(self).__name__}: {error}") from error
+            self.update_groups(values)
+            self.update_last_lr()
+
+    def _loaded_values(self, saved: Any) -> list[Any]:
+        """The values that were saved, exactly, if there is one for each group."""
+        computed = self.get_lr()
+        if saved is None:
+            return computed
+        if not isinstance(saved, list | tuple) or not all(is_number(x) for x in saved):
+            raise TypeError(f"_last_lr must be a list of numbers, got {saved!r}")
+        for i, value in enumerate(saved):
+            check(f"_last_lr[{i}]", value, "finite")
+        return list(saved) if len(saved) == len(computed) else computed
+
+    def _family(self) -> list[Scheduler]:
+        """All that `load_state_dict` changes: this scheduler and those that it is made of."""
+        return [self]
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
-        expected, given = set(self.state_dict()), set(state_dict)
-        _check_keys(type(self).__name__, given, expected, optional={"_last_lr"})
+        self._check_layout(state_dict)
         for key, value in state_dict.items():
             if key != "_last_lr":
-                setattr(self, key, copy.copy(value))
+                setattr(self, key, with_functions(copy.copy(value), getattr(self, key)))
+        self.param_group_tags = _as_tags(state_dict["param_group_tags"])
 
-    # --- the parts that change, for trace --------------------------------------------------------
+    def _check_layout(self, state_dict: Any) -> None:
+        """Refuses what has not the keys of `state_dict`, or no step under ``"last_epoch"``."""
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"it must be a dict, got {state_dict!r}")
+        expected, given = set(self.state_dict()), set(state_dict)
+        missing, extra = sorted(expected - given - {"_last_lr"}), sorted(map(str, given - expected))
+        if missing or extra:
+            raise ValueError(f"missing {missing}, unexpected {extra}")
+        _check_whole("last_epoch", state_dict["last_epoch"], -1)
+        if state_dict["total_iters"] is not None:
+            _check_whole("total_iters", state_dict["total_iters"], 0)
 
-    def _dynamic(self) -> dict[str, Any]:
-        return {"last_epoch": self.last_epoch, "last_lr": self._last_lr}
+    # --- the parts that change, for jit and trace ------------------------------------------------
 
-    def _set_dynamic(self, dynamic: Mapping[str, Any]) -> None:
-        self.last_epoch, self._last_lr = dynamic["last_epoch"], dynamic["last_lr"]
+    def parts(self) -> Parts:
+        """See `Stateful`: the step and the values are numbers."""
+        arrays: list[Any] = []
+        refs: list[Any] = [self.optimizer]
+        static = (type(self), len(self._last_lr), freeze(self._rest(), arrays, refs))
+        return Parts(arrays, [self.last_epoch, *self._last_lr], static, refs)
 
-    def _static(self) -> tuple:
-        hidden = ("optimizer", "last_epoch", "_last_lr")
-        return (
-            type(self),
-            tuple((k, _Frozen(v)) for k, v in vars(self).items() if k not in hidden),
-        )
+    def restore(self, arrays: list[Any], numbers: list[Any], refs: list[Any] | None = None) -> None:
+        """See `Stateful`."""
+        self.last_epoch, *self._last_lr = numbers
+        remaining = None if refs is None else iter(refs)
+        if remaining is not None:
+            self.optimizer = next(remaining)
+        fill = Fill(iter(arrays), remaining)
+        for name, value in self._rest().items():
+            setattr(self, name, fill(value))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+    def as_arguments(self, numbers: list[Any]) -> list[Any]:
+        """See `Stateful`."""
+        epoch, *values = numbers
+        epoch = epoch if isinstance(epoch, jax.Array) else np.asarray(epoch, np.int32)
+        return [epoch, *map(as_argument, values)]
+
+    def _rest(self) -> dict[str, Any]:
+        return {k: v for k, v in self._attributes().items() if k not in self.special}
 
     def __repr__(self) -> str:
         epoch = plain_value(self.last_epoch)
@@ -277,7 +340,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
             for k, v in bound.arguments.items()
             if k not in ("optimizer", "param_group_tags")
         }
-        self._schedule = self._make_schedule(values)
+        self._schedule = self.make_schedule(values)
         super().__init__(
             optimizer,
             total_iters=getattr(self._schedule, "total_iters", None),
@@ -288,7 +351,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
         """The schedule's own name of an argument."""
         return next((old for old, new in self.renamed.items() if new == name), name)
 
-    def _make_schedule(self, values: dict[str, Any]) -> Any:
+    def make_schedule(self, values: dict[str, Any]) -> Any:
         """Hook: the schedule of the constructor's values."""
         return self.schedule_type(**values)
 
@@ -316,10 +379,10 @@ class ScheduleScheduler(Scheduler, Generic[P]):
         return state | {k: plain_value(v) for k, v in self._fields().items()}
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
-        _check_keys(
-            type(self).__name__, set(state_dict), set(self.state_dict()), optional={"_last_lr"}
-        )
-        values = {self._original(k): state_dict[k] for k in self._fields()}
+        self._check_layout(state_dict)
+        values = {
+            self._original(k): with_functions(state_dict[k], v) for k, v in self._fields().items()
+        }
         self._schedule = dataclasses.replace(self._schedule, **values)
         self.last_epoch = state_dict["last_epoch"]
         self.total_iters = getattr(self._schedule, "total_iters", None)
@@ -329,6 +392,7 @@ class ScheduleScheduler(Scheduler, Generic[P]):
 class SchedulerComposition(Scheduler):
     """A scheduler made of schedulers, which it takes over: only it is stepped."""
 
+    special = Scheduler.special | {"_schedulers"}
     _schedulers: list[Scheduler]
 
     def _adopt(self, optimizer: Optimizer, children: Any) -> None:
@@ -360,26 +424,25 @@ class SchedulerComposition(Scheduler):
             children.append(twin.state_dict())
         return {**state, "_schedulers": children}
 
+    def _family(self) -> list[Scheduler]:
+        return [self, *(x for child in self._schedulers for x in child._family())]
+
     def _load(self, state_dict: Mapping[str, Any]) -> None:
-        expected = set(self.state_dict())
-        _check_keys(type(self).__name__, set(state_dict), expected, optional={"_last_lr"})
+        self._check_layout(state_dict)
         children = state_dict["_schedulers"]
+        if not isinstance(children, list | tuple):
+            raise TypeError(f"_schedulers must be a list of state dicts, got {children!r}")
         if len(children) != len(self._schedulers):
-            raise ValueError(
-                f"{type(self).__name__} has {len(self._schedulers)} schedulers, the state dict "
-                f"{len(children)}"
-            )
+            raise ValueError(f"_schedulers must be {len(self._schedulers)}, got {len(children)}")
         for child, state in zip(self._schedulers, children, strict=True):
             child._load(state)
-        super()._load(
-            {k: v for k, v in state_dict.items() if k != "_schedulers"}
-            | {"_schedulers": self._schedulers}
-        )
+        super()._load({**state_dict, "_schedulers": self._schedulers})
 
-    def _static(self) -> tuple:
-        children = tuple(child._static() for child in self._schedulers)
-        own = [(k, v) for k, v in super()._static()[1] if k != "_schedulers"]
-        return (type(self), tuple(own), children)
+    def parts(self) -> Parts:
+        """See `Stateful`: of the schedulers only what they are counts, not where they are."""
+        parts = super().parts()
+        children = tuple(child.parts().static for child in self._schedulers)
+        return parts._replace(static=(parts.static, children))
 
     def _get_closed_form_lr(self) -> Any:
         return self.schedule(self.last_epoch)
@@ -453,28 +516,6 @@ class ChainScheduler(SchedulerComposition):
 # --- helpers -------------------------------------------------------------------------------------
 
 
-class _Frozen:
-    """A constructor value in a key: compared by value if it is hashable, else by identity."""
-
-    def __init__(self, value: Any):
-        self.value = tuple(value) if isinstance(value, list) else value
-        self.key = self.value if _is_hashable(self.value) else id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Frozen) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-
-def _is_hashable(x: Any) -> bool:
-    try:
-        hash(x)
-    except TypeError:
-        return False
-    return True
-
-
 def group_tags(group: Mapping[str, Any]) -> set[str | None]:
     """The tags of a parameter group; {None} if it has none."""
     tags = group.get("tags", group.get("tag"))
@@ -490,7 +531,17 @@ def _without_examples(documented: Any) -> str:
 def _as_tags(tags: Any) -> tuple[str | None, ...] | None:
     if tags is None:
         return None
-    return (tags,) if isinstance(tags, str) else tuple(tags)
+    tags = (tags,) if isinstance(tags, str) else tags
+    if not isinstance(tags, list | tuple) or not all(isinstance(t, str | None) for t in tags):
+        raise TypeError(f"param_group_tags must be a list of tags, got {tags!r}")
+    return tuple(tags)
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not is_number(value) or np.shape(value) != () or float(value) % 1 != 0:
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
 _CLAIMS: weakref.WeakKeyDictionary[Optimizer, dict] = weakref.WeakKeyDictionary()
@@ -499,12 +550,6 @@ _CLAIMS: weakref.WeakKeyDictionary[Optimizer, dict] = weakref.WeakKeyDictionary(
 def claims_of(optimizer: Optimizer) -> dict[tuple[int, str], Any]:
     """Which scheduler is in use for which group and key of an optimizer."""
     return _CLAIMS.setdefault(optimizer, {})
-
-
-def _check_keys(name: str, given: set[str], expected: set[str], optional: set[str]) -> None:
-    missing, extra = sorted(expected - given - optional), sorted(given - expected)
-    if missing or extra:
-        raise ValueError(f"state dict of {name}: missing {missing}, unexpected {extra}")
 
 
 def _shell_signature(cls: type[ScheduleScheduler]) -> inspect.Signature:

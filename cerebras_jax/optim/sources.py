@@ -1,6 +1,6 @@
 """Where an optimizer's parameters live: a pytree, or an nnx.Module that is updated in place.
 
-Both show the same face: dotted names and a flat list of arrays in one fixed order.
+Both show the same face: dotted names, the structure of a tree, and gradients in one fixed order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,74 +9,66 @@ from typing import Any
 import jax
 from flax import nnx
 
-from cerebras_jax.rule import align, as_array, check_params, leaf_paths
+from cerebras_jax.engine.trees import align, as_array, check_distinct, check_params, leaf_paths
+from cerebras_jax.stateful import OUTSIDE
 from cerebras_jax.types import Array
-
-FROM_OUTSIDE = (
-    "step was called in a traced function on an optimizer from outside it; make the optimizer an "
-    "argument of a function decorated with cerebras_jax.trace"
-)
 
 
 class TreeSource:
-    """A pytree of arrays. The source holds the current arrays; ``tree()`` builds the tree."""
+    """The structure of a pytree of arrays; its owner holds the arrays."""
 
-    def __init__(self, tree: Any):
-        if isinstance(tree, Iterator):
-            raise TypeError(
-                "the parameters must be a tree of arrays, an nnx.Module, or a list of groups, "
-                f"found {type(tree).__name__}"
-            )
-        leaves, self.treedef = jax.tree.flatten(tree)
-        self.names = leaf_paths(tree)
-        check_params(leaves, lambda: self.names)
-        self.values: list[Array] = [as_array(x) for x in leaves]
+    module = None
 
-    def without_arrays(self) -> "TreeSource":
-        """The same source, to be filled by assigning `values`."""
-        empty = object.__new__(TreeSource)
-        empty.treedef, empty.names, empty.values = self.treedef, self.names, []
-        return empty
+    def __init__(self, treedef: Any, names: Sequence[str]):
+        self.treedef, self.names = treedef, tuple(names)
 
-    def tree(self) -> Any:
-        return self.treedef.unflatten(self.values)
+    @property
+    def key(self) -> Any:
+        return self.treedef
+
+    def tree(self, values: Sequence[Array]) -> Any:
+        """The values in the structure that was given."""
+        return self.treedef.unflatten(values)
 
     def align(self, grads: Any) -> list[Any]:
         """Gradients in the order of `names`; None where there is none."""
-        return align(self.treedef, grads, "the gradients")
+        return align(self.treedef, grads, "the gradients", lambda: self.names)
 
-    def value_and_grad(self, closure: Callable[[Any], Any], has_aux: bool) -> tuple[Any, Any]:
-        return jax.value_and_grad(closure, has_aux=has_aux)(self.tree())
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A PyTreeDef with custom nodes cannot be pickled, the tree it describes can.
-        state = self.__dict__.copy()
-        state["treedef"] = self.treedef.unflatten(range(self.treedef.num_leaves))
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, treedef=jax.tree.structure(state["treedef"]))
+    def value_and_grad(
+        self, closure: Callable[[Any], Any], values: Sequence[Array], has_aux: bool
+    ) -> tuple[Any, Any]:
+        """The closure's value and its gradients."""
+        return jax.value_and_grad(closure, has_aux=has_aux)(self.tree(values))
 
 
 class ModuleSource:
     """The ``nnx.Param`` variables of a module. They hold the arrays."""
 
+    @classmethod
+    def of(cls, module: Any) -> "ModuleSource":
+        """The source of a module, or of something that holds its place."""
+        return cls(module) if isinstance(module, nnx.Module) else cls.empty()
+
+    @classmethod
+    def empty(cls) -> "ModuleSource":
+        """A source that holds the place of one."""
+        source = object.__new__(cls)
+        source.module, source.paths, source.names, source.variables = None, [], (), []
+        return source
+
     def __init__(self, module: nnx.Module):
-        self.attach(module)
-        check_params(self.values, lambda: self.names)
-
-    def attach(self, module: nnx.Module) -> None:
-        """Takes ``module``'s variables, which must be those of the module it had before."""
+        state = nnx.state(module, nnx.Param)
+        flat = nnx.to_flat_state(state)
+        variables = {p: v for p, v in nnx.iter_graph(module) if isinstance(v, nnx.Param)}
         self.module = module
-        flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-        variables = _variables(module)
         self.paths = [path for path, _ in flat]
-        self.names = [".".join(map(str, path)) for path in self.paths]
+        self.names = tuple(".".join(map(str, path)) for path in self.paths)
         self.variables = [variables[path] for path in self.paths]
+        self.treedef = jax.tree.structure(state)
 
-    def without_arrays(self) -> "ModuleSource":
-        """A source without a module, to be filled by `attach`."""
-        return object.__new__(ModuleSource)
+    @property
+    def key(self) -> Any:
+        return self.names
 
     @property
     def values(self) -> list[Array]:
@@ -87,7 +79,8 @@ class ModuleSource:
         for variable, value in zip(self.variables, values, strict=True):
             variable.set_value(value)
 
-    def tree(self) -> nnx.Module:
+    def tree(self, values: Sequence[Array]) -> nnx.Module:
+        """The module."""
         return self.module
 
     def align(self, grads: Any) -> list[Any]:
@@ -109,30 +102,42 @@ class ModuleSource:
         values = [flat[path] for path in self.paths]
         return [v.get_value() if isinstance(v, nnx.Variable) else v for v in values]
 
-    def value_and_grad(self, closure: Callable[[Any], Any], has_aux: bool) -> tuple[Any, Any]:
+    def value_and_grad(
+        self, closure: Callable[[Any], Any], values: Sequence[Array], has_aux: bool
+    ) -> tuple[Any, Any]:
+        """The closure's value and its gradients."""
         wrt = nnx.DiffState(0, nnx.Param)
         try:
             return nnx.value_and_grad(closure, argnums=wrt, has_aux=has_aux)(self.module)
         except ValueError as error:
             if "different trace level" not in str(error):
                 raise
-            raise RuntimeError(FROM_OUTSIDE) from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.attach(state["module"])
+            raise RuntimeError(OUTSIDE.format(name="the optimizer")) from error
 
 
 Source = TreeSource | ModuleSource
 
 
-def make_source(tree: Any) -> Source:
-    """The source for a pytree or a module."""
-    return ModuleSource(tree) if isinstance(tree, nnx.Module) else TreeSource(tree)
+def make_source(tree: Any) -> tuple[Source, list[Array]]:
+    """The source for a pytree or a module, and its values.
 
-
-def _variables(module: nnx.Module) -> dict[tuple, nnx.Variable]:
-    """The module's own Param objects by path; ``nnx.state`` gives copies of them."""
-    return {path: v for path, v in nnx.iter_graph(module) if isinstance(v, nnx.Param)}
+    Raises:
+      TypeError: if a leaf is not a floating point or complex array.
+      ValueError: if there are no parameters, or two have the same dotted name.
+    """
+    if isinstance(tree, nnx.Module):
+        source = ModuleSource(tree)
+        leaves = source.values
+    elif tree is None or isinstance(tree, Iterator):
+        raise TypeError(
+            "the parameters must be a tree of arrays, an nnx.Module, or a list of groups, "
+            f"found {type(tree).__name__}"
+        )
+    else:
+        leaves, treedef = jax.tree.flatten(tree)
+        source = TreeSource(treedef, leaf_paths(tree))
+    if not leaves:
+        raise ValueError("an optimizer got an empty parameter list")
+    check_distinct(source.names)
+    check_params(leaves, lambda: source.names)
+    return source, [as_array(x) for x in leaves]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cerebras_jax.rule import align, leaf_paths
+from cerebras_jax.engine.trees import align, leaf_paths
 from cerebras_jax.sparse.algorithms import SET, Algorithm, Dynamic
 from cerebras_jax.sparse.masking import SparseState, mask_states
 from cerebras_jax.sparse.selection import Sparsity, shorten
@@ -145,6 +145,6 @@ def _named_masks(
     state: SparseState, params: Params, names: Iterable[str] | None
 ) -> dict[str, jax.Array]:
     treedef = jax.tree.structure(params)
-    leaves = align(treedef, state.masks, "the masks")
+    leaves = align(treedef, state.masks, "the masks", lambda: leaf_paths(params))
     names = leaf_paths(params) if names is None else names
     return {name: m for name, m in zip(names, leaves, strict=True) if m is not None}

@@ -1,5 +1,6 @@
 """Masks applied to trees: parameters, gradients, and the states of any optimizer."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cerebras_jax.rule import RuleState, align, leaf_paths
+from cerebras_jax.engine.lift import RuleState
+from cerebras_jax.engine.trees import align, leaf_paths
 from cerebras_jax.sparse.order import zero_after
 from cerebras_jax.types import Array, Params
 
@@ -58,7 +60,8 @@ def prune(params: Params, state: Any) -> Params:
 def mask_tree(masks: Params, tree: Any, what: str = "the tree") -> Any:
     """A tree like the parameters with zeros where the masks prune; None leaves stay None."""
     mask_leaves, treedef = jax.tree.flatten(masks, is_leaf=_is_absent)
-    return treedef.unflatten(map(select, mask_leaves, align(treedef, tree, what)))
+    leaves = align(treedef, tree, what, lambda: leaf_paths(masks, _is_absent))
+    return treedef.unflatten(map(select, mask_leaves, leaves))
 
 
 def select(mask: Any, x: Any, done: Array | None = None) -> Any:
@@ -129,7 +132,8 @@ def mask_states(
       late: the same state computed another time, from which masked arrays are taken.
     """
     leaves, treedef = jax.tree.flatten(params)
-    mask_leaves = align(treedef, masks, "the masks")
+    paths = functools.cache(lambda: leaf_paths(params))
+    mask_leaves = align(treedef, masks, "the masks", paths)
 
     def is_like_params(node: Any) -> bool:
         try:
@@ -142,7 +146,8 @@ def mask_states(
         )
 
     def mask(tree: Any, late: Any, what: str = "a state") -> Any:
-        rows = zip(align(treedef, tree, what), align(treedef, late, what), mask_leaves, strict=True)
+        pairs = (align(treedef, x, what, paths) for x in (tree, late))
+        rows = zip(*pairs, mask_leaves, strict=True)
         return treedef.unflatten(
             select(m, y) if getattr(m, "shape", None) == getattr(x, "shape", ()) else x
             for x, y, m in rows

@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cerebras_jax import fusion
 from cerebras_jax.checks import is_traced
+from cerebras_jax.engine import xla_cpu
 from cerebras_jax.types import Array
 
 
 def is_needed(done: Any) -> bool:
     """Whether to mind the order: in a trace, not where XLA makes one loop of all results."""
-    return is_traced(done) and not fusion.is_enabled()
+    return is_traced(done) and not xla_cpu.is_enabled()
 
 
 def zero_after(done: Array, dtype: Any) -> Array:

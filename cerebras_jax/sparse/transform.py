@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,14 +11,9 @@ import optax
 from jax.sharding import NamedSharding
 
 from cerebras_jax.checks import is_traced
-from cerebras_jax.rule import (
-    align,
-    as_array,
-    check_grads,
-    check_params,
-    leaf_paths,
-    saturating_increment,
-)
+from cerebras_jax.engine.hyper import saturating_increment
+from cerebras_jax.engine.rounding import path_number
+from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
 from cerebras_jax.sparse import order
 from cerebras_jax.sparse.algorithms import Algorithm, Dynamic
 from cerebras_jax.sparse.masking import SparseState, mask_states, select
@@ -85,10 +79,11 @@ def sparsify(
         if params is None:
             raise ValueError("update needs the parameters: call update(grads, state, params)")
         leaves, treedef = jax.tree.flatten(params)
-        masks = align(treedef, state.masks, "the masks")
-        dense = align(treedef, extra.pop("dense_grads", updates), "the gradients")
-        grads = align(treedef, updates, "the gradients")
-        check_grads(grads, leaves, lambda: leaf_paths(params))
+        paths = functools.cache(lambda: leaf_paths(params))
+        masks = align(treedef, state.masks, "the masks", paths)
+        dense = align(treedef, extra.pop("dense_grads", updates), "the gradients", paths)
+        grads = align(treedef, updates, "the gradients", paths)
+        check_grads(grads, leaves, paths)
         members = _members(chosen, names, params)
         step = saturating_increment(state.step)
 
@@ -97,7 +92,7 @@ def sparsify(
             masked_grads = treedef.unflatten(map(select, masks, grads, done))
             masked_params = treedef.unflatten(map(select, masks, leaves))
             result, inner = inner_update(masked_grads, state.inner, masked_params, **extra)
-            return align(treedef, result, "the updates"), inner
+            return align(treedef, result, "the updates", paths), inner
 
         def moved(result: Sequence[Any]) -> list[Any]:
             """The parameters after the step."""
@@ -133,7 +128,7 @@ class _Member(NamedTuple):
     @property
     def key(self) -> tuple[Any, Any]:
         """What random keys are made of: seed and name as numbers that do not recompile."""
-        return jnp.asarray(self.seed, jnp.uint32), jnp.uint32(zlib.crc32(self.name.encode()))
+        return jnp.asarray(self.seed, jnp.uint32), path_number(self.name)
 
 
 def _members(sparsity: Sparsity, names: Sequence[str] | None, params: Params) -> list[Any]:

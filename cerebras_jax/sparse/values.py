@@ -131,7 +131,9 @@ def frozen(value: Value) -> Any:
 
 
 def check_value(name: str, value: Any) -> None:
-    """Refuses what is not a fraction, a list of fractions or a schedule."""
+    """Refuses what is not a fraction, a list of fractions or a schedule, which may leave [0, 1]."""
+    if callable(value):
+        return
     if not isinstance(value, tuple):
         checks.check(name, value, "in [0, 1]")
         return

@@ -1,52 +1,61 @@
 """The command line: ``cerebras-jax train``."""
 
+import contextlib
 import importlib.resources
-import time
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
-from rich.console import Console
+from jax.errors import JaxRuntimeError
 
-from cerebras_jax.recipe import Recipe, load_recipe, read_config
-from cerebras_jax.train import report
-from cerebras_jax.train.run import TrainSettings, train
+from cerebras_jax.recipe import Recipe, load_recipe
+from cerebras_jax.train import data, folder, report
+from cerebras_jax.train.run import RANGES, Run, TrainSettings, train
+from cerebras_jax.yaml_config import read_config
+
+# What a user, a disk or a device does wrong; anything else is our mistake and shows a traceback.
+_EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, JaxRuntimeError)
+
+
+class WrongInput(click.ClickException):
+    """A configuration, an option or a text that cannot be trained with."""
+
+    exit_code = 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cerebras_jax")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Optimizers and learning-rate schedules for JAX."""
+    context.with_resource(_replaced_characters())
 
 
 @main.command("schedule")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Draw the curve into this PNG.")
-@click.option("--steps", type=click.IntRange(1), help="How many steps to show.")
+@click.option("--steps", type=click.IntRange(*RANGES["steps"]), help="How many steps to show.")
 def schedule_command(config: Path, out: Path | None, steps: int | None) -> None:
     """Print and draw the learning rate and weight decay of CONFIG.yaml."""
-    try:
+    console = report.plain_console()
+    with _told():
         recipe = _quiet_recipe(config)
-    except (ValueError, TypeError, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    console = Console()
-    schedules = {key: recipe.schedule(key) for key in ("lr", "weight_decay") if recipe.has(key)}
-    console.print(report.schedule_table(schedules, steps, recipe.optimizer_class.__name__))
+        schedules = {key: recipe.schedule(key) for key in ("lr", "weight_decay") if recipe.has(key)}
+        table = report.schedule_table(schedules, steps, recipe.optimizer_class.__name__)
+        if out is not None:
+            report.draw_schedules(schedules, steps, out)
+    console.print(table)
     if out is not None:
-        report.draw_schedules(schedules, steps, out)
-        console.print(str(out), highlight=False, soft_wrap=True)
+        console.print(report.printable(str(out)))
 
 
-def _quiet_recipe(source: Any) -> Recipe:
-    """The recipe, its warnings as lines on standard error."""
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        recipe = load_recipe(source)
-    for message in recipe.warnings:
-        click.echo(f"Warning: {message}", err=True)
-    return recipe
+def _train_option(name: str, what: str) -> Any:
+    flag = f"--{name.replace('_', '-')}"
+    return click.option(flag, type=click.IntRange(*RANGES[name]), help=what)
 
 
 @main.command("train")
@@ -54,43 +63,60 @@ def _quiet_recipe(source: Any) -> Recipe:
     "config", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
 )
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="Text file or folder.")
-@click.option("--steps", type=click.IntRange(1), help="Number of training steps.")
-@click.option("--batch-size", type=click.IntRange(1), help="Windows of text in a step.")
-@click.option("--context", type=click.IntRange(1), help="Bytes in a window.")
-@click.option("--seed", type=click.IntRange(0), help="Seed of the model and of the batches.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/TIME]")
-def train_command(config: Path | None, data: Path | None, out: Path | None, **options: Any) -> None:
+@_train_option("steps", "Number of training steps.")
+@_train_option("batch_size", "Windows of text in a step.")
+@_train_option("context", "Bytes in a window.")
+@_train_option("seed", "Seed of the model and of the batches.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Run folder, new or empty.  [default: runs/TIME]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out.")
+def train_command(
+    config: Path | None, data: Path | None, out: Path | None, overwrite: bool, **options: Any
+) -> None:
     """Train a small byte-level GPT with the optimizer of CONFIG.yaml.
 
     CONFIG is a Model Zoo configuration: its section `optimizer` says what to train with; a
     section `train` may set steps, batch_size, context, layers, width, heads, eval_every, seed.
     Without one, AdamW with warm-up and cosine decay trains on the source code of Python's
-    standard library. The run folder gets config.yaml, metrics.jsonl, training.png, sample.txt.
+    standard library. The run folder gets config.yaml, metrics.jsonl, training.png, sample.txt
+    and weights.npz.
     """
-    console = Console()
-    folder = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    try:
-        values, settings, recipe = _load(config, options)
-        resolved = {**values, "train": vars(settings)}
-        result = train(recipe, settings, resolved, folder, data, console)
-    except (ValueError, TypeError, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    console.print(
-        f"{'interrupted, ' if result.interrupted else ''}{result.steps} steps in "
-        f"{result.seconds:.0f} s, {result.tokens_per_s:,.0f} tokens/s\n"
-        f"training loss {result.first_loss:.3f} -> {result.last_loss:.3f}, held-out loss "
-        f"{result.first_held_out_loss:.3f} -> {result.last_held_out_loss:.3f} nats per byte\n"
-        f"{folder}/training.png",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console = report.plain_console()
+    with _told():
+        if out is not None:
+            folder.check_folder(out, overwrite)
+        run, resolved = _load(config, data, options)
+        run_folder = folder.make_folder(out, overwrite, resolved)
+    result = train(run, run_folder, console)
+    if result.steps:
+        console.print(
+            f"{'interrupted, ' if result.interrupted else ''}{result.steps} steps in "
+            f"{result.seconds:.0f} s, {result.tokens_per_s:,.0f} tokens/s\n"
+            f"training loss {result.first_loss:.3f} -> {result.last_loss:.3f}, held-out loss "
+            f"{result.first_held_out_loss:.3f} -> {result.last_held_out_loss:.3f} nats per byte\n"
+            f"{report.printable(str(run_folder))}/{folder.PICTURE}"
+        )
+    for name, error in result.failures.items():
+        click.echo(f"Error: {name} was not complete: {_one_line(error)}", err=True)
+    if isinstance(result.stopped, _EXPECTED):
+        raise click.ClickException(_one_line(result.stopped))
+    if result.stopped is not None:
+        raise result.stopped
+    if result.failures:
+        raise SystemExit(1)
 
 
 def _load(
-    config: Path | None, options: dict[str, Any]
-) -> tuple[dict[str, Any], TrainSettings, Recipe]:
+    config: Path | None, text: Path | None, options: dict[str, Any]
+) -> tuple[Run, dict[str, Any]]:
+    """The run, and the configuration that makes the same one."""
     default = importlib.resources.files("cerebras_jax.train") / "default.yaml"
-    values = dict(yaml.safe_load(default.read_text()) if config is None else read_config(config))
+    values = dict(
+        yaml.safe_load(default.read_text("utf-8")) if config is None else read_config(config)
+    )
     given = {k: v for k, v in options.items() if v is not None}
     if config is None and "steps" in given:  # the embedded schedule spans the run
         for entry in values["optimizer"]["learning_rate"]:
@@ -99,5 +125,48 @@ def _load(
     unused = [k for k in ("runconfig", "train_input", "eval_input", "model") if k in values]
     if unused:
         click.echo(f"Not used: {', '.join(unused)}; see --steps and --batch-size", err=True)
-    settings = TrainSettings.from_config({**(values.get("train") or {}), **given})
-    return values, settings, _quiet_recipe(values)
+    settings = TrainSettings.from_config(values.get("train"), **given)
+    recipe = _quiet_recipe(values)
+    return Run(recipe, settings, data.load_text(text)), {**values, "train": vars(settings)}
+
+
+def _quiet_recipe(source: Any) -> Recipe:
+    """The recipe, its warnings as lines on standard error."""
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        recipe = load_recipe(source)
+    for message in recipe.warnings:
+        click.echo(f"Warning: {_one_line(message)}", err=True)
+    return recipe
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turns what is wrong with the input into one line and the exit code 2."""
+    try:
+        yield
+    except _EXPECTED as error:
+        raise WrongInput(_one_line(error)) from None
+
+
+def _one_line(message: Any, most: int = 400) -> str:
+    """A message in one short line without control characters; the middle is what is left out."""
+    text = report.printable(" ".join(str(message).split()))
+    if isinstance(message, BaseException) and not text:
+        text = type(message).__name__
+    return text if len(text) <= most else f"{text[: most - 100]} ... {text[-95:]}"
+
+
+@contextlib.contextmanager
+def _replaced_characters() -> Iterator[None]:
+    """What the terminal's encoding lacks is shown as "?" meanwhile."""
+    stream: Any = sys.stdout
+    if not hasattr(stream, "reconfigure"):
+        yield
+        return
+    errors = stream.errors
+    stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=errors)

@@ -3,6 +3,7 @@
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,8 +11,16 @@ _LIMIT = 32 * 2**20
 _HELD_OUT = 0.1
 
 
-def load_text(path: Path | None = None) -> tuple[np.ndarray, np.ndarray, str]:
-    """Training and held-out bytes, and a word on where they come from.
+class Text(NamedTuple):
+    """Bytes to train on, bytes that are held out, and a word on where they come from."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+    source: str
+
+
+def load_text(path: Path | None = None) -> Text:
+    """The text of a file or folder, in two parts.
 
     Args:
       path: a file, or a folder of which every text file is read in the order of names; None:
@@ -24,7 +33,8 @@ def load_text(path: Path | None = None) -> tuple[np.ndarray, np.ndarray, str]:
     files = [root] if root.is_file() else list(_files(root, path is None))
     chunks, size = [], 0
     for file in files:
-        chunk = file.read_bytes()
+        with file.open("rb") as stream:
+            chunk = stream.read(_LIMIT - size)
         if b"\0" in chunk:
             continue  # not text
         chunks.append(chunk)
@@ -36,7 +46,7 @@ def load_text(path: Path | None = None) -> tuple[np.ndarray, np.ndarray, str]:
     held_out = _split(chunks)
     train, test = (np.frombuffer(b"\n".join(part), np.uint8) for part in held_out)
     source = "Python's standard library" if path is None else str(path)
-    return train, test, f"{source}: {len(chunks)} files, {size / 2**20:.1f} MiB"
+    return Text(train, test, f"{source}: {len(chunks)} files, {size / 2**20:.1f} MiB")
 
 
 def _files(root: Path, is_stdlib: bool) -> Iterator[Path]:

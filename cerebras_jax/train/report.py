@@ -1,7 +1,9 @@
 """What a training run shows and leaves behind: progress, metrics, a picture."""
 
 import json
+import textwrap
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,23 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cerebras_jax.schedules import span
+from cerebras_jax.train.folder import METRICS
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""The text with every character that a terminal may act upon, or cannot show, escaped.
+
+    >>> print(printable("café \x1b[31m"))
+    café \x1b[31m
+    """
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def plain_console() -> Console:
+    """A console that shows text as it is: paths and samples are no markup."""
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class Reporter:
@@ -19,14 +38,15 @@ class Reporter:
     def __init__(self, folder: Path, steps: int, console: Console):
         self.console = console
         self.steps = steps
+        self.steps_done = 0
         self.records: list[dict[str, Any]] = []
-        self.file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self.file = (folder / METRICS).open("w", encoding="utf-8")
         self.progress = None
         if console.is_terminal:
             columns = [
                 TextColumn("{task.completed}/{task.total}"),
                 BarColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 TimeRemainingColumn(),
             ]
             self.progress = Progress(*columns, console=console, transient=True)
@@ -43,22 +63,28 @@ class Reporter:
             self.progress.stop()
         self.file.close()
 
-    def record(self, show: bool, **values: Any) -> None:
-        """Writes one line of metrics; ``show``: also on the screen."""
-        values["seconds"] = round(time.perf_counter() - self.start, 3)
+    def record(self, show: bool, at: float | None = None, **values: Any) -> None:
+        """Writes one line of metrics.
+
+        Args:
+          show: also on the screen.
+          at: when it was, of `time.perf_counter`; by default now.
+          **values: the line.
+        """
+        now = time.perf_counter() if at is None else at
+        values["seconds"] = round(now - self.start, 3)
         self.records.append(values)
+        self.steps_done += "loss" in values
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
-        text = "  ".join(
-            f"{name} {_format(name, v)}" for name, v in values.items() if v is not None
-        )
+        text = "  ".join(f"{k} {_format(k, v)}" for k, v in values.items() if k != "weight_decay")
         if self.progress:
             if "loss" in values:
                 self.progress.update(self.task, completed=values["step"] + 1, description=text)
             else:
-                self.progress.console.print(text, highlight=False)
+                self.progress.console.print(text)
         elif show:
-            self.console.print(f"{text}{self._time_left(values)}", highlight=False, soft_wrap=True)
+            self.console.print(f"{text}{self._time_left(values)}")
 
     def _time_left(self, values: dict[str, Any]) -> str:
         done = values["step"] + 1
@@ -81,6 +107,7 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
     """The training run as a picture: losses above, learning rate below, against the step."""
     from matplotlib.figure import Figure
 
+    title = textwrap.fill(printable(title), 90)
     figure = Figure(figsize=(8, 5.5), layout="constrained", dpi=120)
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     train = [r for r in records if "loss" in r]
@@ -94,7 +121,7 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
     )
     loss.set_ylabel("loss (nats per byte)")
     loss.legend(frameon=False)
-    loss.set_title(title, loc="left")
+    loss.set_title(title, loc="left", parse_math=False)
     rate.plot([r["step"] for r in train], [r["lr"] for r in train], color="tab:green")
     rate.set_ylabel("learning rate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -103,7 +130,9 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.margins(x=0.01)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a title may have letters that the font has not
+        figure.savefig(path)
 
 
 def milestones(schedule: Callable[[Any], Any], steps: int) -> list[int]:

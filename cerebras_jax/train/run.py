@@ -1,24 +1,43 @@
-"""The training run itself: one compiled program per step."""
+"""The training run itself, as a user would write it: the class form in one compiled program."""
 
 import contextlib
 import dataclasses
+import math
+import reprlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
-import yaml
 from flax import nnx
 from rich.console import Console
 
-from cerebras_jax.interrupts import deferred_interrupts
+from cerebras_jax.optim import Optimizer
+from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.recipe import Recipe
+from cerebras_jax.trace import trace
 from cerebras_jax.train import data, gpt, report
+from cerebras_jax.train import folder as run_folder
+from cerebras_jax.train.losses import LateLosses, Loss
 
 _EVAL_BATCHES = 8
+
+# What a number of the section ``train`` may be: whole, from here to there.
+RANGES = {
+    "steps": (1, 2**31 - 1),
+    "batch_size": (1, 2**16),
+    "context": (1, 2**16),
+    "layers": (1, 2**10),
+    "width": (1, 2**14),
+    "heads": (1, 2**14),
+    "eval_every": (1, 2**31 - 1),
+    "seed": (0, 2**32 - 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +54,12 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(
-                    f"train.{field.name} must be a whole number >= {least}, got {value!r}"
+                    f"train.{name} must be a whole number from {least} to {most}, got "
+                    f"{reprlib.repr(value)}"
                 )
         if self.width % self.heads:
             raise ValueError(
@@ -47,20 +67,32 @@ class TrainSettings:
             )
 
     @classmethod
-    def from_config(cls, section: Any) -> "TrainSettings":
-        """Reads the section ``train``; an unknown key is an error that names those there are."""
-        if not isinstance(section, Mapping):
-            raise ValueError(f"train must be a mapping, got {section!r}")
-        names = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(section) - set(names))
+    def from_config(cls, section: Any, **given: int) -> "TrainSettings":
+        """Reads the section ``train``; an unknown key is an error that names those there are.
+
+        Args:
+          section: a mapping, or None for the defaults.
+          **given: what takes the place of the section's values.
+        """
+        if not isinstance(section, Mapping | None):
+            raise ValueError(f"train must be a mapping, got {reprlib.repr(section)}")
+        unknown = sorted(set(section or {}) - set(RANGES), key=str)
         if unknown:
-            raise ValueError(f"train has unknown keys {unknown}, there are {names}")
-        return cls(**section)
+            raise ValueError(
+                f"train has unknown keys {reprlib.repr(unknown)}, there are {list(RANGES)}"
+            )
+        return cls(**{**(section or {}), **given})
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run came to; losses in nats per byte."""
+    """What a run came to; losses in nats per byte, NaN where there is none.
+
+    Attributes:
+      interrupted: Ctrl-C ended it.
+      stopped: what ended it otherwise, before its last step.
+      failures: what could not be written, by file name.
+    """
 
     steps: int
     first_loss: float
@@ -70,130 +102,228 @@ class Result:
     seconds: float
     tokens_per_s: float
     interrupted: bool
+    stopped: BaseException | None
+    failures: Mapping[str, Exception]
 
 
-class Program:
-    """The model and the compiled functions of a run."""
+@trace
+def train_step(opt: Optimizer, schedulers: list[Scheduler], tokens: Any) -> jax.Array:
+    """Forward, backward, update and schedules; returns the loss."""
+    loss = opt.step(lambda model: gpt.cross_entropy(model, tokens))
+    for scheduler in schedulers:
+        scheduler.step()
+    return loss
 
-    def __init__(self, recipe: Recipe, settings: TrainSettings):
-        model = gpt.GPT(
+
+evaluate = nnx.jit(gpt.cross_entropy)
+
+
+class Run:
+    """A run between two steps.
+
+    What changes from step to step is the model, the optimizer and the schedulers; the batches
+    follow from the seed and the number of the step. So these three and that number are a run's
+    whole state.
+    """
+
+    def __init__(self, recipe: Recipe, settings: TrainSettings, text: data.Text):
+        self.settings = settings
+        self.text = text
+        window = settings.context + 1
+        if min(len(text.train), len(text.held_out)) < window:
+            raise ValueError(
+                f"the text must have at least {10 * window} bytes for train.context "
+                f"{settings.context}, got {len(text.train) + len(text.held_out)}"
+            )
+        self.model = gpt.GPT(
             context=settings.context,
             layers=settings.layers,
             width=settings.width,
             heads=settings.heads,
             rngs=nnx.Rngs(settings.seed),
         )
-        self.graphdef, self.params = nnx.split(model, nnx.Param)
-        self.tx = recipe.transformation(model)
-        self.state = self.tx.init(self.params)
-        self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
-        self._loss = jax.jit(self._loss_fn)
+        self.opt, self.schedulers = recipe.optimizer(self.model)
+        self.scheduled = {
+            key: recipe.schedule(key) for key in ("lr", "weight_decay") if recipe.has(key)
+        }
+        rng = np.random.default_rng(0)
+        self.evaluation = [
+            jnp.asarray(self._batch(text.held_out, rng)) for _ in range(_EVAL_BATCHES)
+        ]
+        self.title = f"{type(self.opt).__name__}, {self.size:,} parameters, {text.source}"
 
     @property
     def size(self) -> int:
-        return sum(p.size for p in jax.tree.leaves(self.params))
+        """The number of parameters."""
+        return sum(value.size for _, value in self.opt.named_parameters())
 
-    def _loss_fn(self, params: nnx.State, tokens: jax.Array) -> jax.Array:
-        return gpt.cross_entropy(nnx.merge(self.graphdef, params), tokens)
+    def _batch(self, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return data.sample_batch(text, self.settings.batch_size, self.settings.context + 1, rng)
 
-    def _train_step(self, params: nnx.State, state: Any, tokens: jax.Array) -> Any:
-        loss, grads = jax.value_and_grad(self._loss_fn)(params, tokens)
-        updates, state = self.tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
+    def batch(self, step: int) -> np.ndarray:
+        """The windows of text of step number ``step``."""
+        return self._batch(self.text.train, np.random.default_rng((self.settings.seed, step)))
 
-    def step(self, tokens: np.ndarray) -> float:
-        """One training step; its loss."""
-        with deferred_interrupts():
-            self.params, self.state, loss = self._step(self.params, self.state, tokens)
-            return float(loss)
+    def step(self, tokens: np.ndarray) -> jax.Array:
+        """One training step; its loss, still on its way."""
+        return train_step(self.opt, self.schedulers, tokens)
 
-    def loss(self, batches: list[np.ndarray]) -> float:
-        """The mean loss over batches."""
-        return float(np.mean([self._loss(self.params, tokens) for tokens in batches]))
+    def held_out_loss(self) -> float:
+        """The mean loss over the same few batches every time."""
+        return float(np.mean([evaluate(self.model, tokens) for tokens in self.evaluation]))
 
-    def model(self) -> gpt.GPT:
-        return nnx.merge(self.graphdef, self.params)
+    def numbers(self, step: int) -> dict[str, float]:
+        """The scheduled numbers that ``step`` is taken with."""
+        return {key: float(schedule(step)) for key, schedule in self.scheduled.items()}
+
+    def weights(self) -> dict[str, Any]:
+        """The parameters by their dotted names."""
+        return dict(self.opt.named_parameters())
+
+    def sample(self) -> str:
+        """Text that the model writes."""
+        key = jax.random.key(self.settings.seed)
+        return gpt.generate(self.model, b"def ", 300, key, 0.8).decode("utf-8", "replace")
 
 
-def train(
-    recipe: Recipe,
-    settings: TrainSettings,
-    config: Mapping[str, Any],
-    folder: Path,
-    path: Path | None,
-    console: Console,
-) -> Result:
-    """Trains; ``folder`` gets config.yaml, metrics.jsonl, training.png and sample.txt."""
-    text, held_out, source = data.load_text(path)
-    window = settings.context + 1
-    if min(len(text), len(held_out)) < window:
-        raise ValueError(f"the text must have at least {10 * window} bytes, got {len(text)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    rng = np.random.default_rng(0)
-    evaluation = [
-        data.sample_batch(held_out, settings.batch_size, window, rng) for _ in range(_EVAL_BATCHES)
-    ]
-    program = Program(recipe, settings)
-    name = recipe.optimizer_class.__name__
-    console.print(
-        f"{source}; GPT with {program.size:,} parameters; {name}; "
-        f"{settings.steps} steps of {settings.batch_size} x {settings.context} bytes",
-        highlight=False,
-        soft_wrap=True,
-    )
-    interrupted = False
-    with report.Reporter(folder, settings.steps, console) as reporter:
+class Interrupts:
+    """Counts Ctrl-C instead of raising it, so that a run stops between two steps.
+
+    The second one does raise, in case the first is not noticed, until `held` is set.
+    """
+
+    count = 0
+    held = False
+
+    def __call__(self, *signal_and_frame: Any) -> None:
+        self.count += 1
+        if self.count > 1 and not self.held:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Receives the signal meanwhile, unless it is ignored, as in a background job."""
+        previous = signal.getsignal(signal.SIGINT)
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or previous in (None, signal.SIG_IGN):
+            yield
+            return
+        signal.signal(signal.SIGINT, self)
         try:
-            _loop(program, settings, text, evaluation, recipe.schedule(), reporter)
-        except KeyboardInterrupt:
-            interrupted = True
-        # What was reached is kept, even if Ctrl-C comes again meanwhile.
-        with contextlib.suppress(KeyboardInterrupt), deferred_interrupts():
-            losses = [r["loss"] for r in reporter.records if "loss" in r]
-            if interrupted:
-                console.print(f"interrupted after {len(losses)} steps")
-            reporter.record(True, step=len(losses), held_out_loss=program.loss(evaluation))
-            title = f"{name}, {program.size:,} parameters, {source}"
-            report.draw(reporter.records, title, folder / "training.png")
-    with contextlib.suppress(KeyboardInterrupt), deferred_interrupts():
-        _print_sample(program.model(), settings, folder, console)
-    return _result(reporter.records, interrupted)
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
 
-def _loop(
-    program: Program,
-    settings: TrainSettings,
-    text: np.ndarray,
-    evaluation: list[np.ndarray],
-    lr: Callable[[int], float],
-    reporter: report.Reporter,
-) -> None:
-    rng = np.random.default_rng(settings.seed)
+def train(run: Run, folder: Path, console: Console) -> Result:
+    """Trains, and writes metrics, weights, picture and sample into ``folder``.
+
+    Whatever ends the run, and whichever of the files cannot be written, the others are; only a
+    run that ends before its first step leaves nothing.
+    """
+    settings = run.settings
+    console.print(
+        f"{report.printable(run.text.source)}; GPT with {run.size:,} parameters; "
+        f"{type(run.opt).__name__}; {settings.steps} steps of {settings.batch_size} x "
+        f"{settings.context} bytes"
+    )
+    interrupts = Interrupts()
+    stopped: BaseException | None = None
+    failures: dict[str, Exception] = {}
+    with interrupts.handled(), report.Reporter(folder, settings.steps, console) as reporter:
+        try:
+            _loop(run, reporter, interrupts)
+        except BaseException as error:
+            stopped = error
+        interrupts.held = True  # what was reached is kept, even if Ctrl-C comes again
+        if reporter.steps_done or stopped is None:
+            failures = _write_results(run, reporter, folder, interrupts, stopped)
+    if stopped is not None and not reporter.steps_done:
+        run_folder.discard(folder)
+    return _result(reporter.records, interrupts.count > 0, stopped, failures)
+
+
+def _loop(run: Run, reporter: report.Reporter, interrupts: Interrupts) -> None:
+    settings = run.settings
     tokens_per_step = settings.batch_size * settings.context
-    for step in range(settings.steps):
-        if step % settings.eval_every == 0:
-            reporter.record(True, step=step, held_out_loss=program.loss(evaluation))
-        tokens = data.sample_batch(text, settings.batch_size, settings.context + 1, rng)
-        start = time.perf_counter()
-        loss = program.step(tokens)
-        if not np.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at step {step}, with the learning rate {lr(step):g}"
+
+    def report_loss(loss: Loss) -> None:
+        numbers = run.numbers(loss.step)
+        if not math.isfinite(loss.value):
+            raise FloatingPointError(
+                f"the loss is {loss.value} at step {loss.step}, with the learning rate "
+                f"{numbers['lr']:g}"
             )
         reporter.record(
-            show=step % max(settings.steps // 20, 1) == 0 or step == settings.steps - 1,
-            step=step,
-            loss=loss,
-            lr=lr(step),
-            tokens_per_s=tokens_per_step / (time.perf_counter() - start),
+            show=loss.step % max(settings.steps // 20, 1) == 0 or loss.step == settings.steps - 1,
+            at=loss.time,
+            step=loss.step,
+            loss=loss.value,
+            **numbers,
+            tokens_per_s=tokens_per_step / loss.seconds,
         )
 
+    with LateLosses(report_loss) as losses:
+        try:
+            for step in range(settings.steps):
+                if interrupts.count:
+                    break
+                if step % settings.eval_every == 0:
+                    losses.flush()
+                    reporter.record(True, step=step, held_out_loss=run.held_out_loss())
+                tokens = run.batch(step)
+                started = time.perf_counter()
+                losses.put(step, started, run.step(tokens))
+        except KeyboardInterrupt:
+            interrupts.count += 1
 
-def _result(records: list[dict[str, Any]], interrupted: bool) -> Result:
+
+def _write_results(
+    run: Run,
+    reporter: report.Reporter,
+    folder: Path,
+    interrupts: Interrupts,
+    stopped: BaseException | None,
+) -> dict[str, Exception]:
+    """Writes what a run leaves behind; what could not be written, by name."""
+    console, step = reporter.console, reporter.steps_done
+    if interrupts.count:
+        console.print(f"interrupted after {step} steps")
+
+    def write_sample() -> None:
+        sample = run.sample()
+        with (folder / run_folder.SAMPLE).open("w", encoding="utf-8", newline="") as file:
+            file.write(sample)
+        console.rule("a sample of what the model writes")
+        console.print(report.printable(sample, keep="\n\t"))
+        console.rule()
+
+    writers = {
+        run_folder.WEIGHTS: lambda: run_folder.save_weights(
+            run.weights(), folder / run_folder.WEIGHTS
+        ),
+        run_folder.METRICS: lambda: reporter.record(
+            True, step=step, held_out_loss=run.held_out_loss()
+        ),
+        run_folder.PICTURE: lambda: report.draw(
+            reporter.records, run.title, folder / run_folder.PICTURE
+        ),
+        run_folder.SAMPLE: write_sample,
+    }
+    if isinstance(stopped, FloatingPointError):  # the weights are NaN by now
+        del writers[run_folder.METRICS], writers[run_folder.SAMPLE]
+    return run_folder.attempt(writers)
+
+
+def _result(
+    records: list[dict[str, Any]],
+    interrupted: bool,
+    stopped: BaseException | None,
+    failures: dict[str, Exception],
+) -> Result:
     steps = [r for r in records if "loss" in r]
-    held_out = [r["held_out_loss"] for r in records if "held_out_loss" in r]
-    losses = [r["loss"] for r in steps] or [float("nan")]
+    held_out = [r["held_out_loss"] for r in records if "held_out_loss" in r] or [math.nan]
+    losses = [r["loss"] for r in steps] or [math.nan]
     speeds = [r["tokens_per_s"] for r in steps[1:]] or [0.0]  # the first step compiles
     return Result(
         steps=len(steps),
@@ -201,16 +331,9 @@ def _result(records: list[dict[str, Any]], interrupted: bool) -> Result:
         last_loss=float(np.mean(losses[-10:])),
         first_held_out_loss=held_out[0],
         last_held_out_loss=held_out[-1],
-        seconds=records[-1]["seconds"],
+        seconds=records[-1]["seconds"] if records else 0.0,
         tokens_per_s=float(np.median(speeds)),
         interrupted=interrupted,
+        stopped=stopped,
+        failures=failures,
     )
-
-
-def _print_sample(model: gpt.GPT, settings: TrainSettings, folder: Path, console: Console) -> None:
-    key = jax.random.key(settings.seed)
-    sample = gpt.generate(model, b"def ", 300, key, temperature=0.8).decode("utf-8", "replace")
-    (folder / "sample.txt").write_text(sample, encoding="utf-8")
-    console.rule("a sample of what the model writes")
-    console.print(sample, markup=False, highlight=False, soft_wrap=True)
-    console.rule()

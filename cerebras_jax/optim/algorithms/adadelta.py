@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag
-from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -71,7 +71,9 @@ def adadelta(
         acc_delta = rho * s.acc_delta + (1 - rho) * delta * delta
         return -lr * delta, AdadeltaState(square_avg, acc_delta)
 
-    return Rule(init, update, written_last=("acc_delta", "square_avg"))
+    return Rule(
+        init, update, written_last=("acc_delta", "square_avg"), wide=("square_avg", "acc_delta")
+    )
 
 
 class Adadelta(Optimizer.of(adadelta)):

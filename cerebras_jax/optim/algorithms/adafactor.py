@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag, check_pair
-from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, per_parameter, zeros_without_axis
 from cerebras_jax.types import Array, Number
 
@@ -113,19 +112,20 @@ def adafactor(
         return AdafactorState(row, col, None, average)
 
     def update(g: Array, s: AdafactorState, t: Array, p: Array) -> tuple[Array, AdafactorState]:
-        b2 = 1 - t**decay_rate
+        new = t**decay_rate  # the weight of this step, 1 - b2, with all its digits
+        b2 = 1 - new
         if s.exp_avg_sq is None:
             # Two sums of the same squares, and a sum of squares of u itself, would make XLA keep
             # them in memory: hence the weight inside of a sum, and u under another shape.
-            row = b2 * s.exp_avg_sq_row + (1 - b2) * (_mean(g * g, -1) + eps[0])
-            col = b2 * s.exp_avg_sq_col + _mean((1 - b2) * g * g, -2) + (1 - b2) * eps[0]
+            row = b2 * s.exp_avg_sq_row + new * (_mean(g * g, -1) + eps[0])
+            col = b2 * s.exp_avg_sq_col + _mean(new * g * g, -2) + new * eps[0]
             row_factor = jax.lax.rsqrt(row / _mean(row, -1)[..., None])[..., None]
             col_factor = jax.lax.rsqrt(col)[..., None, :]
             u, v = g * row_factor * col_factor, None
             u_rms = _rms(g[None] * row_factor * col_factor)
         else:
             row = col = None
-            v = b2 * s.exp_avg_sq + (1 - b2) * (g * g + eps[0])
+            v = b2 * s.exp_avg_sq + new * (g * g + eps[0])
             u = g / jnp.sqrt(v)
             u_rms = _rms(u)
         rate = jnp.minimum(1e-6 * t if warmup_init else 1e-2, 1 / jnp.sqrt(t)) if lr is None else lr
@@ -137,50 +137,23 @@ def adafactor(
             u = m = beta1 * s.exp_avg + (1 - beta1) * u
         return -add_weight_decay(u, weight_decay * rate, p), AdafactorState(row, col, v, m)
 
-    return Rule(init, update, supports_complex=False)
+    return Rule(
+        init,
+        update,
+        supports_complex=False,
+        wide=("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"),
+    )
 
 
 def _mean(x: Array, axis: int | None) -> Array:
     """The mean; 0 of nothing."""
     n = math.prod(x.shape) if axis is None else x.shape[axis]
-    return jnp.sum(x, axis) / max(n, 1)
+    return jnp.sum(x, axis) / float(max(n, 1))  # an int above 2**31 is no int32
 
 
 def _rms(x: Array) -> Array:
     return jnp.sqrt(_mean(x * x, None))
 
 
-_TORCH_STATES = {"row_var": "exp_avg_sq_row", "col_var": "exp_avg_sq_col", "variance": "exp_avg_sq"}
-_TORCH_AXES = {"row_var": -1, "col_var": -2}
-
-
 class Adafactor(Optimizer.of(adafactor, enable_global_step=True)):
     states_to_sparsify = ("exp_avg", "exp_avg_sq")
-    torch_names = {"beta2_decay": "decay_rate", "d": "clip_threshold"}
-
-    def _import_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        group = super()._import_group(group)
-        if group.get("eps", (0,))[0] is None:  # torch: the precision of the dtype, as a bound
-            group["eps"] = (self.defaults["eps"][0], group["eps"][1])
-        return group
-
-    def import_state(self, entry: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-        """torch keeps row and column with an axis of length 1, under other names."""
-        result = {}
-        for name, value in entry.items():
-            if name in _TORCH_AXES and value is not None:
-                value = value.squeeze(_TORCH_AXES[name])
-            result[_TORCH_STATES.get(name, name)] = value
-        return result
-
-    def export_state(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """The inverse of `import_state`, on NumPy arrays."""
-        names = {ours: theirs for theirs, ours in _TORCH_STATES.items()}
-        result = {}
-        for name, value in entry.items():
-            theirs = names.get(name, name)
-            if theirs in _TORCH_AXES:
-                axis = _TORCH_AXES[theirs]
-                value = value[..., None] if axis == -1 else value[..., None, :]
-            result[theirs] = value
-        return result

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag
-from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -72,7 +72,7 @@ def adagrad(
         decay = 1 + (t - 1) * lr_decay
         return -lr / decay * g / (jnp.sqrt(total) + eps), AdagradState(total)
 
-    return Rule(init, update)
+    return Rule(init, update, wide=("sum",))
 
 
 class Adagrad(Optimizer.of(adagrad, enable_global_step=True)):

@@ -57,4 +57,4 @@ def adam(
 
 
 class Adam(AdamBase.of(adam)):
-    torch_flags = {"decoupled_weight_decay": False}
+    pass

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag, check_pair
-from cerebras_jax.optim.optimizer import Optimizer, with_powers
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -101,14 +100,9 @@ def adam_base(
         return -lr * add_weight_decay(u, weight_decay, p), AdamState(m, v, v_max)
 
     if not correct_bias:
-        return Rule(init, update)
-    return Rule(init, update, AdamClock(b1, b2), tick)
+        return Rule(init, update, wide=("exp_avg_sq", "max_exp_avg_sq"))
+    return Rule(init, update, AdamClock(b1, b2), tick, wide=("exp_avg_sq", "max_exp_avg_sq"))
 
 
 class AdamBase(Optimizer.of(adam_base)):
     states_to_sparsify = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
-    def import_state(self, entry: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-        """torch.optim and Hugging Face store ``step``; the powers follow from it."""
-        needs_powers = group.get("correct_bias", True)
-        return with_powers(entry, group, ("beta1_power", "beta2_power") if needs_powers else ())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag, check_pair
-from cerebras_jax.optim.optimizer import Optimizer, with_powers
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -79,12 +78,8 @@ def adamax(
         u = jnp.maximum(b2 * s.exp_inf, jnp.abs(g) + eps)
         return -lr * (m / u) / bias, AdamaxState(m, u)
 
-    return Rule(init, update, AdamaxClock(b1), tick)
+    return Rule(init, update, AdamaxClock(b1), tick, wide=("exp_inf",))
 
 
 class Adamax(Optimizer.of(adamax)):
     states_to_sparsify = ("exp_avg", "exp_inf")
-
-    def import_state(self, entry: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-        """torch.optim stores ``step``; the power follows from it."""
-        return with_powers(entry, group, ("beta1_power",))

@@ -60,4 +60,4 @@ def adamw(
 
 
 class AdamW(AdamBase.of(adamw)):
-    torch_flags = {"decoupled_weight_decay": True}
+    pass

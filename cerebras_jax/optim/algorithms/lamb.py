@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag, check_pair
-from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -81,7 +81,7 @@ def lamb(
         ratio = jnp.where(has_norms, p_norm / jnp.where(has_norms, u_norm, 1), 1)
         return -lr * ratio * u, LambState(m, v)
 
-    return Rule(init, update)
+    return Rule(init, update, wide=("exp_avg_sq",))
 
 
 class Lamb(Optimizer.of(lamb)):

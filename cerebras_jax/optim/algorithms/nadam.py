@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_pair
-from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, bias_correction, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -96,9 +96,8 @@ def nadam(
         u = (now.of_momentum * m + now.of_gradient * g) / (jnp.sqrt(v / now.bias) + eps)
         return -lr * u, NAdamState(m, v)
 
-    return Rule(init, update, NAdamClock(1.0), tick)
+    return Rule(init, update, NAdamClock(1.0), tick, wide=("exp_avg_sq",))
 
 
 class NAdam(Optimizer.of(nadam, enable_global_step=True)):
     states_to_sparsify = ("exp_avg", "exp_avg_sq")
-    torch_flags = {"decoupled_weight_decay": False}

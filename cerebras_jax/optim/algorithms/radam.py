@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_pair
-from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, bias_correction, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -91,17 +91,19 @@ def radam(
         adapted = jnp.where(now.rectified, now.factor / (jnp.sqrt(v) + eps), 1)
         return -lr * (m / now.bias) * adapted, RAdamState(m, v)
 
-    return Rule(init, update, (), tick)
+    return Rule(init, update, (), tick, wide=("exp_avg_sq",))
 
 
 def _rho(b2: Number, t: Array) -> Array:
     r""":math:`\rho_t` without the cancellation of its two terms, which are near 2000.
 
     With :math:`y = -\log \beta_2` and Langevin's function :math:`L(z) = \coth z - 1/z`,
-    :math:`\rho_t = t + L(y/2) - t L(t y / 2)`.
+    :math:`\rho_t = L(y/2) + t (1 - L(t y / 2))`.
     """
     y = -jnp.log(b2)
-    return t + _langevin(y / 2) - t * _langevin(t * y / 2)
+    z = t * y / 2
+    late = 2 / y - 2 * t / jnp.expm1(2 * z)  # the second term where L(z) is near 1
+    return _langevin(y / 2) + jnp.where(z < 0.5, t * (1 - _langevin(z)), late)
 
 
 def _langevin(z: Array) -> Array:
@@ -113,4 +115,3 @@ def _langevin(z: Array) -> Array:
 
 class RAdam(Optimizer.of(radam, enable_global_step=True)):
     states_to_sparsify = ("exp_avg", "exp_avg_sq")
-    torch_flags = {"decoupled_weight_decay": False}

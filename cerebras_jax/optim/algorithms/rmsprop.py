@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag
-from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.optim.shell import Optimizer
 from cerebras_jax.rule import Rule, add_weight_decay, has_term, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -43,7 +43,7 @@ def rmsprop(
 
     Args:
       lr: learning rate :math:`\gamma` >= 0.
-      alpha: decay rate of the averages, >= 0.
+      alpha: decay rate of the averages, in [0, 1].
       eps: :math:`\epsilon` >= 0.
       weight_decay: L2 penalty :math:`\lambda` >= 0, added to the gradient.
       momentum: :math:`\mu` >= 0. A constant 0 allocates no buffer.
@@ -64,7 +64,7 @@ def rmsprop(
     Array([-1.,  1.], dtype=float32)
     """
     check("lr", lr, ">= 0")
-    check("alpha", alpha, ">= 0")
+    check("alpha", alpha, "in [0, 1]")
     check("eps", eps, ">= 0")
     check("weight_decay", weight_decay, ">= 0")
     check("momentum", momentum, ">= 0")
@@ -90,7 +90,7 @@ def rmsprop(
         b = momentum * s.momentum_buffer + g / scale
         return -lr * b, RMSpropState(square_avg, b, grad_avg)
 
-    return Rule(init, update)
+    return Rule(init, update, wide=("square_avg",))
 
 
 class RMSprop(Optimizer.of(rmsprop)):

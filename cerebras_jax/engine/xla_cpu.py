@@ -1,10 +1,17 @@
-"""XLA's multi-output fusion on CPU: the update and the new state in one pass over memory."""
+"""What is known about XLA's CPU backend: which loops it makes of an update, and which copies.
+
+On other backends an update is the plain rule: they fuse several results by themselves.
+"""
 
 import os
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from cerebras_jax.types import Array
 
 _FLAG = "--xla_backend_extra_options="
 _OPTION = "xla_cpu_use_multi_output_fusion"
@@ -71,3 +78,63 @@ def _fuses() -> bool:
     x = jax.ShapeDtypeStruct((1024,), jnp.float32)
     program = jax.jit(lambda x: (x + 1, x * 2)).lower(x).compile().as_text()
     return re.search(r"= \(f32\[1024\]\S*, f32\[1024\]\S*\) fusion\(", program or "") is not None
+
+
+# --- one leaf -------------------------------------------------------------------------------------
+
+
+def arranged(
+    new: Any,
+    written_last: Sequence[str],
+    run: Callable[[Any, Array], tuple[Array, Any]],
+    numbers: Any,
+    g: Array,
+    p: Array,
+    u: Array,
+) -> Any:
+    """The new state of one leaf, computed in the order that XLA's CPU backend needs.
+
+    Args:
+      new: the state as the plain rule gave it.
+      written_last: see `Rule`.
+      run: the plain rule: ``run(numbers, g) -> (update, new state)``.
+      numbers: a tree of scalars.
+      g: the gradient.
+      p: the parameter, as it is stored.
+      u: the update, as it is stored.
+    """
+    if not _has_an_element_at_hand(p):
+        return new
+    if is_enabled():
+        # Each result on its own: none waits for what another also needs, and XLA makes one loop.
+        for k, name in enumerate(new._fields):
+            _, apart = run(*_after(g, (numbers, g), k + 1))
+            new = new._replace(**{name: getattr(apart, name)})
+        return new
+    done = p + u if written_last else p
+    for name in written_last:
+        _, later = run(*_after(done, (numbers, g)))
+        done = getattr(later, name)
+        new = new._replace(**{name: done})
+    return new
+
+
+def _has_an_element_at_hand(p: Array) -> bool:
+    """Whether `_after` can read an element of p: it is neither empty nor known as sharded."""
+    return p.size > 0 and jax.typeof(p).sharding.mesh.empty
+
+
+def _after(done: Array, tree: Any, k: int = 0) -> Any:
+    """The same values, but on CPU known only when the array ``done`` is, and another expression
+    for every k, so that XLA does not see that they are the same.
+
+    An optimization barrier would say both, but XLA's CPU backend drops it before it decides what
+    to fuse and what to copy.
+    """
+
+    def late(done: Array, tree: Any) -> Any:
+        bits = jax.lax.bitcast_convert_type(done.real.ravel()[0].astype(jnp.float32), jnp.uint32)
+        one = 1 + (bits >> (31 - k) >> (1 + k))  # whatever the bits: all 32 are shifted out
+        return jax.tree.map(lambda x: x / one.astype(x.dtype), tree)
+
+    return jax.lax.platform_dependent(done, tree, cpu=late, default=lambda done, tree: tree)

@@ -9,7 +9,7 @@ from flax import nnx
 
 import cerebras_jax as cjax
 from cerebras_jax import optim
-from cerebras_jax.ownership import unshared
+from cerebras_jax.donation import Donor
 
 
 def fresh():
@@ -62,7 +62,7 @@ every_source = pytest.mark.parametrize("source", SOURCES)
 def arrays(opt):
     """Parameters and states in a tree."""
     params = nnx.state(opt.params, nnx.Param) if opt.modules() else opt.params
-    return params, opt._state_arrays()
+    return params, opt.parts().arrays
 
 
 def buffers(opt):
@@ -124,16 +124,18 @@ def test_gradients_may_be_the_parameters():
 
 def test_an_array_that_is_there_twice_is_given_away_once():
     x = jnp.ones(3) + 1
-    tree = [x, x]
+    leaves = [x, x]
     del x
-    first, second = unshared(tree)
+    ((first, second),) = Donor().ready(leaves, owners=(0,))
     assert first.unsafe_buffer_pointer() != second.unsafe_buffer_pointer()
 
 
 def test_nothing_is_copied_that_nobody_else_holds():
-    tree = {"a": jnp.ones(3) + 1, "b": [jnp.ones(2) + 1]}
-    assert unshared(tree) is tree
-    kept = tree["b"][0]
-    mine = unshared(tree)
-    assert mine["a"] is tree["a"]
-    assert mine["b"][0] is not kept
+    leaves = [jnp.ones(3) + 1, jnp.ones(2) + 1]
+    donor = Donor()
+    assert donor.ready(leaves, owners=(0,))[0] is leaves
+    kept = leaves[1]
+    (mine,) = donor.ready(leaves, owners=(0,))
+    assert mine[0] is leaves[0]
+    assert mine[1] is not kept
+    assert donor.copied == 1

@@ -1,0 +1,39 @@
+"""Values in error messages: short, whatever they are."""
+
+import reprlib
+from typing import Any
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 5, 5, 4
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write integers of more than 4300 digits.
+        return repr(x) if abs(x) < 10**40 else f"an integer of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+
+
+def shown(value: Any, most: int = 160) -> str:
+    """The ``repr`` of a value in at most ``most`` characters.
+
+    Long, deep, endless or unsortable containers and enormous integers are cut, not refused.
+
+    >>> shown(list(range(1000)))
+    '[0, 1, 2, 3, 4, ...]'
+    >>> shown(10**5000)
+    'an integer of 16610 bits'
+    """
+    return shortened(_SHORT.repr(value), most)
+
+
+def shortened(text: str, most: int = 600) -> str:
+    """A text in at most ``most`` characters: its middle makes place for three dots."""
+    if len(text) <= most:
+        return text
+    half = (most - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"

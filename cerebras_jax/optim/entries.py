@@ -1,0 +1,196 @@
+"""Which array of an optimizer's state belongs to which parameter, and under which name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cerebras_jax.checks import is_traced
+from cerebras_jax.engine.leaf import fields
+from cerebras_jax.engine.lift import RuleState
+from cerebras_jax.engine.trees import path_name
+from cerebras_jax.transforms.grouped import GroupedState
+from cerebras_jax.types import Array
+
+
+class Place(NamedTuple):
+    """Where a value lies: a leaf of the state, or one entry of a leaf that is a vector."""
+
+    leaf: int
+    row: int | None = None
+
+
+class Catalogue(NamedTuple):
+    """What the leaves of a state are.
+
+    Attributes:
+      of: per parameter name, the places of its states by key; its step count is ``"step"``.
+      shared: places, by path, of what belongs to no parameter: the states of wrappers.
+    """
+
+    of: dict[str, dict[str, Place]]
+    shared: dict[str, Place]
+
+
+Owners = Callable[[int, Any, Any], list[str | None]]
+"""For a group, its state and a tree of names like its parameters: which leaf is whose."""
+
+
+def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners) -> Catalogue:
+    """Finds out what the leaves of a state are.
+
+    Args:
+      state: shapes in the structure of the state, each of them a different object.
+      params: the structure of the parameters.
+      names: from the dotted path of each leaf of it, in their order, to the parameter's name.
+      owners: tells for pairs that are not made of a rule.
+
+    Raises:
+      ValueError: if the state does not hold that of the groups exactly once.
+    """
+    leaves = jax.tree.leaves(state)
+    index = {id(x): i for i, x in enumerate(leaves)}
+    of: dict[str, dict[str, Place]] = {name: {} for name in names.values()}
+    nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_groups) if _is_groups(x)]
+    if len(nodes) != 1:
+        raise ValueError(
+            f"what is around the groups must keep their state once, it keeps it {len(nodes)} times"
+        )
+    known: set[int] = set()
+    for g, (paths, own) in enumerate(zip(nodes[0].names.of_group, nodes[0].states, strict=True)):
+        members = [names[path] for path in paths]
+        masked = params if len(members) == len(names) else _masked(params, names, set(paths))
+        known |= {index[id(x)] for x in jax.tree.leaves(own)}
+        if isinstance(own, RuleState):
+            _add_rule(of, own, masked, members, index)
+        else:
+            mine = owners(g, own, masked.unflatten(members))
+            _add_foreign(of, own, mine, members, index)
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    shared = {paths[i]: Place(i) for i in range(len(leaves)) if i not in known}
+    return Catalogue(of, shared)
+
+
+def _masked(params: Any, names: Mapping[str, str], members: set[str]) -> Any:
+    leaf = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.tree.structure(
+        params.unflatten([leaf if path in members else optax.MaskedNode() for path in names])
+    )
+
+
+def _is_groups(x: Any) -> bool:
+    return isinstance(x, GroupedState)
+
+
+def _add_rule(
+    of: dict, state: RuleState, treedef: Any, members: Sequence[str], index: Mapping[int, int]
+) -> None:
+    for key, tree in fields(state.states):
+        if tree is not None:
+            for name, leaf in zip(members, treedef.flatten_up_to(tree), strict=True):
+                if leaf is not None:
+                    of[name][key] = Place(index[id(leaf)])
+    for row, name in enumerate(members):
+        for key, vector in [*fields(state.clock), ("step", state.count)]:
+            of[name][key] = Place(index[id(vector)], row)
+
+
+def _add_foreign(
+    of: dict,
+    state: Any,
+    mine: Sequence[str | None],
+    members: Sequence[str],
+    index: Mapping[int, int],
+) -> None:
+    """States of an optax pair: ``mu``, ``nu``; what has no owner stands with every member."""
+    with_path = jax.tree_util.tree_leaves_with_path(state)
+    short = [_last_attribute(path) for path, _ in with_path]
+    for (path, leaf), key, owner in zip(with_path, short, mine, strict=True):
+        clashes = sum(k == key and o == owner for k, o in zip(short, mine, strict=True)) > 1
+        if clashes or key is None:
+            key = path_name(path)
+        for name in members if owner is None else [owner]:
+            of[name][key] = Place(index[id(leaf)])
+
+
+def _last_attribute(path: Any) -> str | None:
+    names = [p.name for p in path if isinstance(p, jax.tree_util.GetAttrKey)]
+    return names[-1] if names else None
+
+
+def read(
+    leaves: Sequence[Array], places: Mapping[str, Place], host: dict[int, Any]
+) -> dict[str, Any]:
+    """The values at these places.
+
+    Args:
+      leaves: the leaves of the state.
+      places: e.g. those of one parameter.
+      host: vectors that were already brought to the host, by leaf; it is added to.
+    """
+    return {key: _value(leaves, place, host) for key, place in places.items()}
+
+
+def _value(leaves: Sequence[Array], place: Place, host: dict[int, Any]) -> Any:
+    leaf = leaves[place.leaf]
+    if place.row is None:
+        return leaf
+    if place.leaf not in host:  # it will be read element by element
+        host[place.leaf] = leaf if is_traced(leaf) or not is_whole(leaf) else np.asarray(leaf)
+    entry = host[place.leaf][place.row]
+    return _as_step(entry) if jnp.issubdtype(entry.dtype, jnp.integer) else entry
+
+
+def _as_step(count: Any) -> Any:
+    """A step count as checkpoints have it: float32, or float64 where that would not be exact."""
+    if not isinstance(count, np.generic):
+        return count.astype(jnp.float32)
+    return np.float32(count) if int(count) <= 2**24 else np.float64(count)
+
+
+def is_whole(x: Any) -> bool:
+    """Whether all of an array can be read from this process."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable
+
+
+def write(
+    leaves: Sequence[Array], catalogue: Catalogue, entries: Mapping[str, Mapping[str, Any]]
+) -> list[Array]:
+    """The leaves of a state that holds these values; what entries lack stays as it is."""
+    result = list(leaves)
+    rows: dict[int, dict[int, Any]] = {}
+    for name, entry in entries.items():
+        for key, value in entry.items():
+            place = catalogue.of[name].get(key)
+            if place is None:
+                continue
+            if place.row is None:
+                result[place.leaf] = value
+            else:
+                rows.setdefault(place.leaf, {})[place.row] = value
+    for leaf, values in rows.items():
+        result[leaf] = _with_rows(result[leaf], values)
+    return result
+
+
+def _with_rows(vector: Array, values: Mapping[int, Any]) -> Array:
+    if any(is_traced(x) for x in [vector, *values.values()]):
+        for row, value in values.items():
+            vector = vector.at[row].set(_as_entry(value, vector.dtype))
+        return vector
+    host = np.array(vector)
+    for row, value in values.items():
+        host[row] = _as_entry(np.asarray(value), host.dtype)
+    return jnp.asarray(host)
+
+
+def _as_entry(value: Any, dtype: Any) -> Any:
+    """A count that saturates; other scalars as they are."""
+    if not jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.integer):
+        return value.astype(dtype)
+    limit = jnp.iinfo(dtype).max
+    xp = jnp if is_traced(value) else np
+    return xp.where(value >= limit, limit, xp.minimum(value, limit - 128).astype(dtype))

@@ -1,0 +1,45 @@
+"""Keeping signal handlers away from the moment in which buffers change hands."""
+
+import contextlib
+import inspect
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+_SIGNALS = sorted(map(int, signal.valid_signals()))
+_handler_of = inspect.unwrap(signal.getsignal)  # without making an enum of every answer
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Holds every handled signal back until the block is done: Ctrl-C, SIGTERM, SIGUSR1, ...
+
+    Between a call that donates its arguments and the assignment of its results a handler that
+    reads them, or an exception that it raises, would meet deleted arrays. Handlers that Python
+    did not install are left alone. Threads other than the main one are never interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+
+    replaced: list[tuple[int, Any]] = []
+    try:
+        for number in _SIGNALS:
+            handler = _handler_of(number)
+            if callable(handler):
+                signal.signal(number, note)
+                replaced.append((number, handler))
+    except ValueError:  # the main thread of a sub-interpreter has no signals
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in replaced:
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
