@@ -79,7 +79,7 @@ def main(tree: str, scale: float, budget: float) -> None:
         Contender(f.__name__, functools.partial(lambda f: f(x, k).block_until_ready(), f))
         for f in (by_argsort, by_bisection)
     ]
-    show(interleave(field, budget, least=10), "by_argsort")
+    show(interleave(field, budget), "by_argsort")
 
 
 def show(samples: Any, base: str) -> None:

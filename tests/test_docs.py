@@ -9,7 +9,7 @@ import pytest
 
 import cerebras_jax
 from benchmarks import report
-from cerebras_jax import checks, optim, rule, schedules
+from cerebras_jax import checks, optim, rule, schedules, sparse
 from cerebras_jax.optim import lr_scheduler, weight_decay_scheduler
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ ORIGINAL_METHODS = {
 
 def public(module):
     """Names of the classes and functions that users of a module meet."""
-    faces = ("cerebras_jax", "cerebras_jax.optim", "cerebras_jax.schedules")
+    faces = ("cerebras_jax", "cerebras_jax.optim", "cerebras_jax.schedules", "cerebras_jax.sparse")
     own = module.__name__ in faces  # of these all that they import
     return [
         name
@@ -60,7 +60,7 @@ def public(module):
     ]
 
 
-MODULES = (cerebras_jax, optim, lr_scheduler, weight_decay_scheduler, schedules)
+MODULES = (cerebras_jax, optim, lr_scheduler, weight_decay_scheduler, schedules, sparse)
 NAMES = [(module, name) for module in MODULES for name in public(module)]
 
 
