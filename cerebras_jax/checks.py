@@ -219,6 +219,22 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
+def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Refuses what is not a whole number in its range, or is known only when a program runs.
+
+    >>> check_whole("split", 0, 1)
+    Traceback (most recent call last):
+      ...
+    ValueError: split must be a whole number >= 1, got 0
+    """
+    rule = f">= {low}" if high is None else f"from {low} to {high}"
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        kind = "a traced number" if is_traced(value) else shown(value)
+        raise TypeError(f"{name} must be a whole number {rule}, fixed at construction, got {kind}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be a whole number {rule}, got {shown(value)}")
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Refuses anything but one of some words.
 

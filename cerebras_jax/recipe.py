@@ -14,23 +14,29 @@ from typing import Any
 import optax
 
 from cerebras_jax import schedules
-from cerebras_jax.checks import check
 from cerebras_jax.messages import shortened, shown
+from cerebras_jax.optim.algorithms.muon import Muon
 from cerebras_jax.optim.configure import (
     lr_factors,
     make_param_groups,
     optimizer_arguments,
     param_filters,
 )
+from cerebras_jax.optim.guarding import SETTINGS
 from cerebras_jax.optim.layer_types import mup_factors
-from cerebras_jax.optim.names import check_plain, find_class, rate_key, to_number
+from cerebras_jax.optim.muon_groups import muon_values
+from cerebras_jax.optim.names import check_plain, find_class, rate_key
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups
 from cerebras_jax.optim.schedule_config import ScheduleConfig, kind_of, schedule_config
 from cerebras_jax.optim.scheduler import Scheduler, group_tags
 from cerebras_jax.sections import Sections, read_sections
+from cerebras_jax.step_config import step_config
 from cerebras_jax.transforms.clipping import clip
+from cerebras_jax.transforms.finite import guard
 from cerebras_jax.transforms.grouped import grouped
+from cerebras_jax.transforms.loss_scale import GradScaler, LossScaling
+from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.yaml_config import read_config
 
 _SIZES = ("hidden_size", "filter_size", "mup_base_hidden_size", "mup_base_filter_size")
@@ -48,6 +54,10 @@ class Recipe:
       schedulers: what drives the learning rate and the weight decay, and in which groups.
       max_gradient_norm: clip gradients to this global norm; None: do not.
       max_gradient_value: clip every gradient element to this; None: do not.
+      loss_scaling: how the loss is scaled; None: not at all. See `scaler`.
+      skip_nonfinite: take no step that is not finite; by default with a dynamic loss scale.
+      skip_spikes: what a spike is, if those are not taken either.
+      grad_accum_steps: in how many parts a batch is computed; for `cerebras_jax.accumulate`.
       adjust_learning_rate: factors by layer type or pattern, those of muP included.
       params: further groups: ``[{"params": patterns, "tag": name}, ...]``.
       warnings: what was ignored, one sentence each.
@@ -58,12 +68,18 @@ class Recipe:
     schedulers: tuple[ScheduleConfig, ...] = ()
     max_gradient_norm: float | None = None
     max_gradient_value: float | None = None
+    loss_scaling: LossScaling | None = None
+    skip_nonfinite: bool = False
+    skip_spikes: SkipSpikes | None = None
+    grad_accum_steps: int = 1
     adjust_learning_rate: dict[Any, float] | None = None
     params: list[dict[str, Any]] | None = None
     warnings: tuple[str, ...] = ()
 
     def optimizer(self, params: Any) -> tuple[Optimizer, list[Scheduler]]:
-        """The class form: the optimizer, which clips gradients, and the schedulers to step.
+        """The class form: the optimizer, which clips and skips, and the schedulers to step.
+
+        Loss scaling is apart: ``opt.step(loss_fn, scaler=recipe.scaler())``.
 
         Raises:
           ValueError: if a pattern or a tag of the recipe has no parameters here, or two
@@ -72,12 +88,16 @@ class Recipe:
         groups = self.param_groups(params)
         _drivers(self.schedulers, groups)
         opt = self.optimizer_class(groups, **self.optimizer_values)
-        opt.max_gradient_norm = self.max_gradient_norm
-        opt.max_gradient_value = self.max_gradient_value
+        for name in SETTINGS:
+            value = getattr(self, name, None)
+            if value not in (None, False):
+                setattr(opt, name, value)
         return opt, [config.attach(opt) for config in self.schedulers]
 
     def transformation(self, params: Any) -> optax.GradientTransformationExtraArgs:
-        """The pure form: an optax chain of clipping and the optimizer, with groups and schedules.
+        """The pure form: an optax chain of the optimizer, which clips and skips, with groups.
+
+        Its ``update`` takes ``loss`` and ``loss_scale``; see `optim.guard`.
 
         Args:
           params: the parameters, as an example of their names: a pytree or nnx.Module.
@@ -90,9 +110,17 @@ class Recipe:
         pure = _pure_form(self.optimizer_class)
         parts = [pure(**values) for values in self._values_of(groups)]
         update = grouped(parts, [group["params"] for group in groups])
+        if self.skip_nonfinite or self.skip_spikes is not None or self.loss_scaling is not None:
+            bounds = self.max_gradient_norm, self.max_gradient_value
+            skips = self.skip_nonfinite or self.loss_scaling is not None
+            return optax.chain(guard(update, *bounds, skips, self.skip_spikes))
         if self.max_gradient_norm is None and self.max_gradient_value is None:
             return optax.chain(update)
         return optax.chain(clip(self.max_gradient_norm, self.max_gradient_value), update)
+
+    def scaler(self) -> GradScaler | None:
+        """A new scaler for ``opt.step(..., scaler=)``; None if the loss is not scaled."""
+        return None if self.loss_scaling is None else GradScaler.of(self.loss_scaling)
 
     def _values_of(self, groups: ParamGroups) -> list[dict[str, Any]]:
         """The hyper-parameters of each group, schedules in place of what they drive."""
@@ -129,6 +157,10 @@ class Recipe:
         values = {
             **self.optimizer_values,
             "max_gradient_norm": self.max_gradient_norm,
+            "max_gradient_value": self.max_gradient_value,
+            "loss_scaling": self.loss_scaling,
+            "skip_nonfinite": self.skip_nonfinite or None,
+            "skip_spikes": self.skip_spikes,
             "adjust_learning_rate": self.adjust_learning_rate,
         }
         rows = "".join(
@@ -173,7 +205,8 @@ class Recipe:
         """
         rules = {"adjust_learning_rate": self.adjust_learning_rate, "params": self.params}
         rate = self.constant("lr") if self.has("lr") else None
-        return make_param_groups(params, rules, self._name("lr"), rate)
+        own = muon_values(params) if issubclass(self.optimizer_class, Muon) else {}
+        return make_param_groups(params, rules, self._name("lr"), rate, own)
 
 
 def _drivers(
@@ -230,7 +263,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     Where the section ``model`` asks for muP (``mup_base_hidden_size``, ``mup_base_filter_size``),
     its factors of the learning rate are part of the recipe; of two factors for one parameter that
     in ``adjust_learning_rate`` counts. What changes the numbers of a run and is not acted on, such
-    as loss scaling, is named in ``recipe.warnings``.
+    as sparsity, is named in ``recipe.warnings``.
 
     Args:
       source: the path of a YAML file, or what it holds as a dict.
@@ -256,6 +289,13 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
 def _recipe(sections: Sections) -> Recipe:
     cls = find_class(sections.optimizer_type, Optimizer, "optimizer_type")
     values = optimizer_arguments(cls, sections.optimizer)
+    if cls is Muon:
+        values = {"adjust_lr_fn": "match_rms_adamw", **values}  # as the original
+        warnings.warn(
+            "Muon keeps its momentum, and does not scale its weight decay, both unlike the "
+            "original; embeddings, the output layer and vectors are its Adam's",
+            stacklevel=3,
+        )
     if _is_plain(cls):
         _check_ranges(cls, values)
     params = sections.others.get("params")
@@ -274,10 +314,9 @@ def _recipe(sections: Sections) -> Recipe:
         cls,
         values,
         tuple(schedulers),
-        _positive(sections.others, "max_gradient_norm"),
-        _positive(sections.others, "max_gradient_value"),
-        factors or None,
-        [dict(given) for given in _listed(params)] or None,
+        *step_config(sections.others, _fp16_type(sections)),
+        adjust_learning_rate=factors or None,
+        params=[dict(given) for given in _listed(params)] or None,
     )
 
 
@@ -351,9 +390,5 @@ def _listed(params: Any) -> Sequence[Any]:
     return [params] if isinstance(params, Mapping) else params or ()
 
 
-def _positive(section: Mapping[str, Any], key: str) -> float | None:
-    if section.get(key) is None:
-        return None
-    value = to_number(key, section[key])
-    check(key, value, "> 0")
-    return float(value)
+def _fp16_type(sections: Sections) -> Any:
+    return sections.others.get("fp16_type", sections.model.get("fp16_type"))

@@ -9,25 +9,18 @@ from typing import Any
 from cerebras_jax.checks import is_number
 from cerebras_jax.messages import shown
 from cerebras_jax.optim.names import check_plain
+from cerebras_jax.step_config import SCALING_KEYS, STEP_KEYS
 
-CLIPPING_KEYS = ("max_gradient_norm", "max_gradient_value")
-_SCALING_KEYS = (
-    "loss_scaling_factor",
-    "initial_loss_scale",
-    "max_loss_scale",
-    "min_loss_scale",
-    "steps_per_increase",
-)
 # What changes the numbers of a run and is not acted on yet, with the values that ask for nothing.
 _NEUTRAL = {
-    **dict.fromkeys(_SCALING_KEYS, (None,)),
-    "loss_scaling_factor": (None, 1),
     "fp16_type": (None, "float32"),
-    "grad_accum_steps": (None, 1),
     "sparsity": (None,),
 }
 # Read by the recipe itself, so that the optimizer need not warn of them.
-_RECIPE_KEYS = {"optimizer_type", "adjust_learning_rate", "params", *CLIPPING_KEYS, *_SCALING_KEYS}
+_RECIPE_KEYS = {"optimizer_type", "adjust_learning_rate", "params", "fp16_type", *STEP_KEYS}
+# In sections of the runner, which is not read, these say nothing if they are so.
+_UNREAD = {**_NEUTRAL, **dict.fromkeys(SCALING_KEYS, (None,)), "loss_scaling_factor": (None, 1)}
+_UNREAD["grad_accum_steps"] = (None, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +77,7 @@ def read_sections(config: Mapping[str, Any]) -> Sections:
         _other(config, "model"),
         (
             *_ignored("optimizer.", section),
-            *_ignored("runconfig.", _other(config, "runconfig")),
+            *_ignored("runconfig.", _other(config, "runconfig"), _UNREAD),
             *_ignored("", {"sparsity": config.get("sparsity")}),
         ),
     )
@@ -124,7 +117,7 @@ def _trainer(init: Mapping[str, Any], place: str) -> Sections:
     ignored = [
         *_ignored(where, arguments),
         *_ignored(f"{place}precision.", precision),
-        *_ignored(f"{place}loop.", _other(init, "loop")),
+        *_ignored(f"{place}loop.", _other(init, "loop"), _UNREAD),
         *_ignored(place, {"sparsity": init.get("sparsity")}),
     ]
     learning_rate = arguments.get("learning_rate")
@@ -161,9 +154,11 @@ def _other(section: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _ignored(place: str, section: Mapping[str, Any]) -> Iterator[str]:
+def _ignored(
+    place: str, section: Mapping[str, Any], keys: Mapping[str, tuple] = _NEUTRAL
+) -> Iterator[str]:
     """The keys of a section that ask for what is not acted on."""
-    for key, neutral in _NEUTRAL.items():
+    for key, neutral in keys.items():
         value = section.get(key)
         is_plain = value is None or isinstance(value, str | int | float)
         if not (is_plain and value in neutral):

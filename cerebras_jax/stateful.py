@@ -6,6 +6,7 @@ stand on; they know no class.
 
 import copy
 import dataclasses
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -62,6 +63,9 @@ class Stateful:
     transient: ClassVar[tuple[str, ...]] = ("_lock",)
     """Attributes that are neither state nor static: caches, which copies do without."""
 
+    special: ClassVar[frozenset[str]] = frozenset()
+    """Attributes that a subclass takes apart by itself."""
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         jax.tree_util.register_pytree_with_keys(
@@ -76,19 +80,18 @@ class Stateful:
     def parts(self) -> Parts:
         """Takes the object apart; nothing is copied, and no device value is read."""
         parts = Parts([], [], None, [])
-        static = freeze(self._attributes(), parts.arrays, parts.refs)
+        static = freeze(self._rest(), parts.arrays, parts.refs)
         return parts._replace(static=(type(self), static))
 
     def restore(self, arrays: list[Any], numbers: list[Any], refs: list[Any] | None = None) -> None:
         """Puts other arrays and numbers, and other references if given, in their places."""
         fill = Fill(iter(arrays), None if refs is None else iter(refs))
-        for name, value in self._attributes().items():
-            setattr(self, name, fill(value))
+        self._refill(fill)
 
     def array_names(self) -> list[str]:
         """A name for each of the arrays, for key paths and messages."""
         names = []
-        for name, value in self._attributes().items():
+        for name, value in self._rest().items():
             found: list[Any] = []
             freeze(value, found, [])
             names += [name] if len(found) == 1 else [f"{name}.{i}" for i in range(len(found))]
@@ -123,6 +126,14 @@ class Stateful:
 
     def _attributes(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in self.transient}
+
+    def _rest(self) -> dict[str, Any]:
+        """The attributes that are taken apart by what is in them."""
+        return {k: v for k, v in self._attributes().items() if k not in self.special}
+
+    def _refill(self, fill: "Fill") -> None:
+        for name, value in self._rest().items():
+            setattr(self, name, fill(value))
 
     @property
     def lock(self) -> Any:
@@ -178,7 +189,20 @@ _MARK = _Mark()
 
 def is_reference(x: Any) -> bool:
     """Whether x is an object with parts of its own."""
-    return isinstance(x, Stateful | nnx.Module)
+    return _is_reference_type(type(x))
+
+
+def is_nnx(x: Any) -> bool:
+    """Whether x is an object of flax: a module, an optimizer, a metric, random streams.
+
+    They are updated in place, like whatever is `Stateful`.
+    """
+    return isinstance(x, nnx.Pytree)
+
+
+@functools.cache
+def _is_reference_type(kind: type) -> bool:
+    return issubclass(kind, Stateful | nnx.Pytree)
 
 
 def is_array(x: Any) -> bool:
@@ -334,9 +358,9 @@ class _Aux:
 def _flatten(obj: Stateful) -> tuple[tuple, _Aux]:
     with obj.lock:
         arrays, numbers, static, refs = obj.parts()
-        graphdef, modules = nnx.split([r for r in refs if isinstance(r, nnx.Module)])
-        others = [r for r in refs if not isinstance(r, nnx.Module)]
-        places = tuple(isinstance(r, nnx.Module) for r in refs)
+        graphdef, modules = nnx.split([r for r in refs if is_nnx(r)])
+        others = [r for r in refs if not is_nnx(r)]
+        places = tuple(map(is_nnx, refs))
         key = (static, graphdef, places, len(arrays))
         aux = _Aux(key, tuple(obj.array_names()), obj.skeleton())
     return (*arrays, [*numbers, *obj.constants()], others, modules), aux

@@ -15,7 +15,7 @@ from cerebras_jax.checks import any_traced, is_number, is_traced
 from cerebras_jax.donation import Donate, Donor
 from cerebras_jax.programs import Programs
 from cerebras_jax.signals import deferred_signals
-from cerebras_jax.stateful import OUTSIDE, Memento, Stateful, is_reference
+from cerebras_jax.stateful import OUTSIDE, Memento, Stateful, is_nnx, is_reference
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,8 +24,9 @@ R = TypeVar("R")
 def trace(fn: Callable[P, R], donate: Donate = "auto") -> Callable[P, R]:
     """Compiles a training step as one program that updates its stateful arguments in place.
 
-    Optimizers, schedulers and nnx modules, and whatever else is `Stateful`, wherever they are in
-    the arguments, are updated in place: inside, they are used as in ordinary Python. Their buffers
+    Optimizers, schedulers, modules and other objects of flax's nnx, and whatever else is
+    `Stateful`, wherever they are in the arguments, are updated in place: inside, they are used as
+    in ordinary Python. Their buffers
     are donated, so a step needs no second copy of parameters and state. A new learning rate, or
     any other number edited in a group between calls, does not recompile; another structure, shape
     or flag does. Nothing waits for the device: the host may run ahead.
@@ -110,11 +111,9 @@ class _Call:
     """One call: the stateful objects in the arguments, taken apart."""
 
     def __init__(self, arguments: Any):
-        leaves, self.treedef = jax.tree.flatten(
-            arguments, is_leaf=lambda x: _is_reference_type(type(x))
-        )
+        leaves, self.treedef = jax.tree.flatten(arguments, is_leaf=is_reference)
         self.objects: list[Stateful] = []
-        self.modules: list[nnx.Module] = []
+        self.modules: list[Any] = []  # and other objects of flax
         self.inputs: list[Any] = []
         self.slots = tuple(self._slot(x) for x in leaves)
         self.links: list[tuple] = []
@@ -130,7 +129,7 @@ class _Call:
         return _Slot("static", x)
 
     def _index(self, x: Any) -> tuple[str, int]:
-        if isinstance(x, nnx.Module):
+        if is_nnx(x):
             return "module", _index_of(x, self.modules)
         return "object", _index_of(x, self.objects)
 
@@ -178,11 +177,11 @@ class _Call:
         arrays = [obj.parts().arrays for obj in self.objects]
         return jax.tree.leaves((arrays, nnx.state(tuple(self.modules))))
 
-    def refs_of(self, i: int, modules: Sequence[nnx.Module]) -> list[Any]:
+    def refs_of(self, i: int, modules: Sequence[Any]) -> list[Any]:
         """What object i refers to, with these modules."""
         return [modules[k] if kind == "module" else self.objects[k] for kind, k in self.links[i]]
 
-    def arguments(self, modules: Sequence[nnx.Module], inputs: Sequence[Any]) -> Any:
+    def arguments(self, modules: Sequence[Any], inputs: Sequence[Any]) -> Any:
         """The arguments again, with other modules and arrays in them."""
         remaining = iter(inputs)
         filled = {
@@ -258,6 +257,7 @@ class _Program:
             before = [obj.parts() for obj in call.objects]
             live = [obj.live() for obj in call.objects]
             args, kwargs = call.arguments(modules, inputs)
+            _check_no_variables((args, kwargs))
             out = self.fn(*args, **kwargs)
             graphdef, new_module_state = nnx.split(tuple(modules))
             after = [obj.parts() for obj in call.objects]
@@ -277,6 +277,14 @@ class _Program:
             self.hints = [obj.hints() for obj in call.objects]
             # The donated arrays come first: JAX pairs buffers with results by shape and order.
             return ([p.arrays for p in after], new_module_state), changed, out
+
+
+def _check_no_variables(arguments: Any) -> None:
+    """A variable of flax alone is rebuilt from its array, and what is written to it is lost."""
+    kinds = nnx.Variable | nnx.State | nnx.Pytree | Stateful
+    leaves = jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, kinds))
+    if any(isinstance(x, nnx.Variable) for x in leaves):
+        raise TypeError("a traced function cannot update an nnx.Variable alone; pass its module")
 
 
 def _check_structure(obj: Stateful, old: Any, new: Any) -> None:
@@ -305,11 +313,6 @@ def _borrowed(objects: Sequence[Stateful]) -> Iterator[None]:
 @functools.cache
 def _is_array_type(kind: type) -> bool:
     return issubclass(kind, jax.Array | np.ndarray | np.bool_ | Tracer)
-
-
-@functools.cache
-def _is_reference_type(kind: type) -> bool:
-    return issubclass(kind, Stateful | nnx.Module)
 
 
 def _index_of(x: Any, known: list[Any]) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from docutils import nodes
 from sphinx.util.nodes import make_refnode
 
-from cerebras_jax.optim.scheduler import ScheduleScheduler
+from cerebras_jax.optim.schedule_scheduler import ScheduleScheduler
 from cerebras_jax.optim.shell import ShellOptimizer
 
 DOCS = Path(__file__).parent

@@ -42,6 +42,10 @@ OPTIMIZERS = [
     Entry("adamax", {"lr": 0.1, "weight_decay": 0.01}),
     Entry("lamb", {"lr": 0.1, "weight_decay": 0.01}),
     Entry("lion", {"lr": 0.1, "weight_decay": 0.01}),
+    # Two steps: more would amplify the rounding of matrices that are not of full rank.
+    Entry("muon", {"lr": 0.1, "axes": "io", "ns_steps": 2}),
+    Entry("muon", {"lr": 0.1, "axes": "bio", "ns_steps": 2, "adjust_lr_fn": "spectral"}),
+    Entry("muon", {"lr": 0.1, "use_muon": False}),
     Entry("nadam", {"lr": 0.1, "weight_decay": 0.01}),
     Entry("radam", {"lr": 0.1, "betas": (0.8, 0.9)}),
     Entry("rmsprop", {"lr": 0.1, "weight_decay": 0.01}),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import as_shipped
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -176,7 +177,7 @@ def test_a_sharded_batch_stays_where_it_is():
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     run = jax.jit(accumulated_value_and_grad(mean_loss, 3))
     chex.assert_trees_all_close(run(params, sharded), expected, rtol=2e-6, atol=1e-7)
-    program = run.lower(params, sharded).compile().as_text()
+    program = as_shipped(run.lower(params, sharded)).as_text()
     assert "all-to-all" not in program
     assert "all-gather" not in program
 
@@ -192,7 +193,7 @@ def test_memory_does_not_depend_on_the_number_of_steps():
 
     def temporaries(steps, size):
         run = jax.jit(accumulated_value_and_grad(loss_fn, steps))
-        compiled = run.lower(w, jnp.zeros((size, 64))).compile()
+        compiled = as_shipped(run.lower(w, jnp.zeros((size, 64))))
         return compiled.memory_analysis().temp_size_in_bytes
 
     few, many = (temporaries(steps, steps * 32) for steps in (2, 64))

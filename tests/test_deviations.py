@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from cerebras_jax import optim, schedules
@@ -248,6 +249,29 @@ def test_any_scheduler_can_be_chained():
         lrs.ChainedScheduler([lrs.ConstantLR(opt, 1.0), lrs.LinearLR(opt, 0.0, 1.0, 4)])
 
 
+def muon_without_memory(grads, lr=1e-3, weight_decay=0.1):
+    """Oracle: a Muon whose buffer starts at zero in every step, and whose decay is scaled."""
+    p, scaled, result = PARAMS, 0.2 * np.sqrt(8) * lr, []
+    for g in grads:
+        o = g / np.linalg.norm(g)
+        for _ in range(5):
+            square = o @ o.T
+            o = 3.4445 * o + (-4.7750 * square + 2.0315 * square @ square) @ o
+        p = p - scaled * (o + weight_decay * p)
+        result.append(p)
+    return np.array(result)
+
+
+def test_muon_remembers():
+    kwargs = {"lr": 1e-3, "adjust_lr_fn": "match_rms_adamw"}
+    original = muon_without_memory(GRADS)
+    ours = path(optim.muon(**kwargs, weight_decay=0.1), GRADS)
+    assert size(ours, original, 9) == pytest.approx(1.09, rel=0.02)
+    assert size(ours, original) == pytest.approx(0.68, rel=0.02)
+    inert = optim.muon(**kwargs, momentum=0.0, weight_decay=0.1 * 0.2 * np.sqrt(8))
+    np.testing.assert_allclose(path(inert, GRADS[:10]), original[:10], rtol=1e-9)
+
+
 # --- torch ----------------------------------------------------------------------------------------
 
 
@@ -277,6 +301,22 @@ def test_adafactor_and_torchs():
     theirs = torch_path("Adafactor", lr=0.01, weight_decay=0.1)
     ours = path(optim.adafactor(lr=0.01, weight_decay=0.1))
     assert size(ours, theirs) == pytest.approx(0.019, rel=0.05)
+
+
+def test_muon_and_torchs():
+    """Oracle: torch, which computes in bfloat16, and divides by a norm of at least 1e-7."""
+    theirs = torch_path("Muon", GRADS)
+    ours = path(optim.muon(), GRADS)
+    assert size(ours, theirs, 0) == pytest.approx(0.018, rel=0.1)
+    assert size(ours, theirs, 9) == pytest.approx(0.011, rel=0.1)
+    assert size(ours, theirs) == pytest.approx(0.0016, rel=0.1)
+    tiny = 1e-12 * np.ones((1, 8, 8))  # of rank 1, and the momentum's norm is 7.8e-13
+    theirs, ours = (
+        torch_path("Muon", tiny, weight_decay=0.0),
+        path(optim.muon(weight_decay=0), tiny),
+    )
+    assert np.linalg.norm(ours[0] - PARAMS) == pytest.approx(0.696e-3, rel=0.01)
+    assert np.linalg.norm(theirs[0] - PARAMS) == pytest.approx(7.8e-6 * 3.4445**5 * 1e-3, rel=0.02)
 
 
 def test_gradient_clipping():
@@ -317,6 +357,7 @@ TORCH_DEFAULTS = [
     ("RMSprop", {}),
     ("Rprop", {"lr": (1e-3, 1e-2)}),
     ("ASGD", {}),
+    ("Muon", {}),
     ("Adafactor", {"lr": (None, 1e-2), "eps": ((1e-30, 1e-3), (None, 1e-3))}),
 ]
 OPTAX_DEFAULTS = [
@@ -424,6 +465,7 @@ DIFFERENT = {  # with the same numbers: sizes after 10 and after 1000 steps
         0.23,
         0.23,
     ),
+    "muon": (optim.muon(weight_decay=0.0), optax.contrib.muon(1e-3), 0.2, 0.0052),
     "rprop": (optim.rprop(), optax.rprop(1e-3), 0.5, 0.2),
     "adafactor": (optim.adafactor(0.01), optax.adafactor(0.01), 0.38, 0.055),
     "adafactor decay": (
@@ -449,6 +491,11 @@ def test_lambs_clip_of_the_parameters_norm():
     ours, theirs = (path(tx, GRADS[:1], start)[0] for tx in (optim.lamb(), optax.lamb(1e-3)))
     lengths = [np.linalg.norm(p - start) for p in (ours, theirs)]
     np.testing.assert_allclose(lengths[0] / lengths[1], 10 / np.linalg.norm(start), rtol=1e-6)
+
+
+def test_optaxs_muon_starts_the_same():
+    ours, theirs = DIFFERENT["muon"][:2]
+    assert size(path(ours, GRADS[:1]), path(theirs, GRADS[:1])) < 1e-8
 
 
 def test_optaxs_rprop_is_a_step_late():

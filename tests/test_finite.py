@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import as_shipped
 from optimizers import OPTIMIZERS
 
 from cerebras_jax import optim, schedules
@@ -260,7 +261,7 @@ def compiled(tx):
         return state, params
 
     state = tx.init(LEAVES)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(state, LEAVES, LEAVES).compile()
+    return as_shipped(jax.jit(step, donate_argnums=(0, 1)).lower(state, LEAVES, LEAVES))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA's CPU backend makes of it")

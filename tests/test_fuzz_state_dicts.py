@@ -88,14 +88,17 @@ def saved_dict(opt):
     return {**saved, "param_groups": [dict(g) for g in saved["param_groups"]]}
 
 
-@pytest.mark.parametrize("kind", ["SGD", "AdamW", "Adafactor", "NAdam", "around"])
-@settings(
+bounded = settings(
     max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "Adafactor", "NAdam", "around"])
+@bounded
 @given(data=st.data())
 def test_an_optimizers_state_dict(kind, data):
     opt, _ = made(kind)
@@ -139,13 +142,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", list(SCHEDULERS))
-@settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@bounded
 @given(data=st.data())
 def test_a_schedulers_state_dict(name, data):
     opt = optim.SGD({"w": jnp.ones(2)}, lr=0.1)

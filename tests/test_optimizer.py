@@ -191,7 +191,7 @@ def test_add_param_group():
     [
         ([{"params": "*nothing*"}], ValueError, "'\\*nothing\\*' matches none of the parameters"),
         ([{"params": "*"}, {"params": "scale"}], ValueError, "earlier groups already hold"),
-        ([{"params": 3}], TypeError, "must be glob patterns, got 3"),
+        ([{"params": 3}], TypeError, "must be glob patterns or .*, got 3"),
     ],
 )
 def test_bad_globs(groups, error, message):
@@ -207,9 +207,9 @@ def test_signatures_show_the_same_arguments(entry):
     pure, cls = inspect.signature(entry.pure), inspect.signature(entry.cls)
     names = list(cls.parameters)
     assert names[0] == "params"
-    of_class = ["enable_global_step", "state_dtype", "around", "donate"]
+    of_class = ["enable_global_step", "state_dtype", "rounding", "around", "donate"]
     assert names[-len(of_class) :] == of_class
-    of_pure = ["state_dtype", "per_leaf_clocks"]
+    of_pure = ["state_dtype", "per_leaf_clocks", "rounding"]
     assert list(pure.parameters)[-len(of_pure) :] == of_pure
     hyper = [cls.parameters[n] for n in names[1 : -len(of_class)]]
     assert hyper == list(pure.parameters.values())[: -len(of_pure)]

@@ -48,13 +48,9 @@ def test_configuration(config):
     opt, (scheduler,) = recipe.optimizer(PARAMS)
     assert type(opt).__name__ == original["optimizer_class"]
     check_group_values(config, opt)
-    scaling = {k: v for k, v in config["optimizer"].items() if "loss_scal" in k and v != 1.0}
-    *others, last = [*recipe.warnings, ""]
-    if scaling:  # the original says nothing of it
-        *others, last = recipe.warnings
-        assert last.startswith("not acted on: ")
-        assert all(f"optimizer.{k}={v!r}" in last for k, v in scaling.items())
-    assert sorted(others) == sorted(original["warnings"])
+    is_dynamic = config["optimizer"].get("loss_scaling_factor") == "dynamic"
+    assert (recipe.scaler() is not None) == opt.skip_nonfinite == is_dynamic
+    assert sorted(recipe.warnings) == sorted(original["warnings"])
 
     if original["scheduler_class"] is None:  # the original leaves a number to the optimizer
         assert type(scheduler) is lrs.ConstantLR
@@ -535,9 +531,8 @@ def test_what_is_not_acted_on_is_named():
         recipe = cjax.load_recipe(config)
     (warning,) = recipe.warnings
     assert warning == str(caught[0].message)
-    for part in ("precision.loss_scaling_factor='dynamic'", "precision.fp16_type='cbfloat16'",
-                 "sparsity={'sparsity': 0.75}", "loop.grad_accum_steps=4",
-                 "SGD.learning_rate={'scheduler'"):  # fmt: skip
+    for part in ("precision.fp16_type='cbfloat16'", "sparsity={'sparsity': 0.75}",
+                 "loop.grad_accum_steps=4", "SGD.learning_rate={'scheduler'"):  # fmt: skip
         assert f"trainer.init.{part}" in warning or f"trainer.init.optimizer.{part}" in warning
     assert "enabled" not in warning
     assert "max_steps" not in warning
@@ -608,3 +603,67 @@ def test_an_optimizer_of_optax():
         for params in (class_run(recipe, steps=1), pure_run(recipe, steps=1)):
             np.testing.assert_allclose(params["embedding"]["embedding"], 0.95)
             np.testing.assert_allclose(params["decoder"]["linear"]["kernel"], 0.9)
+
+
+# --- the step itself ------------------------------------------------------------------------------
+
+
+def step_recipe(**keys):
+    return cjax.load_recipe({"optimizer": {"optimizer_type": "SGD", "learning_rate": 0.1, **keys}})
+
+
+def test_loss_scaling_and_skipping_of_a_recipe():
+    recipe = step_recipe(
+        loss_scaling_factor="dynamic", initial_loss_scale="8", steps_per_increase=3
+    )
+    assert recipe.warnings == ()
+    assert recipe.loss_scaling == optim.LossScaling("dynamic", init_scale=8.0, steps_per_increase=3)
+    assert recipe.skip_nonfinite
+    assert recipe.scaler().get_scale() == 8.0
+    opt, _ = recipe.optimizer({"w": jnp.ones(2)})
+    assert opt.skip_nonfinite
+    tx = recipe.transformation({"w": jnp.ones(2)})
+    params = {"w": jnp.ones(2)}
+    updates, _ = tx.update(
+        {"w": jnp.array([8.0, jnp.nan])}, tx.init(params), params, loss_scale=8.0
+    )
+    np.testing.assert_array_equal(updates["w"], [0, 0])
+
+
+def test_a_scale_of_one_and_bfloat16_need_no_scaler():
+    assert step_recipe(loss_scaling_factor=1.0).scaler() is None
+    assert step_recipe(loss_scaling_factor="512").scaler().get_scale() == 512
+    assert not step_recipe(loss_scaling_factor=512).skip_nonfinite
+    precision = {"fp16_type": "bfloat16", "loss_scaling_factor": "dynamic"}
+    trainer = {"optimizer": {"SGD": {"lr": 0.1}}, "precision": precision}
+    with pytest.warns(UserWarning, match="fp16_type"):
+        assert cjax.load_recipe({"trainer": {"init": trainer}}).scaler() is None
+    precision["fp16_type"] = "cbfloat16"
+    with pytest.warns(UserWarning, match="fp16_type"):
+        assert cjax.load_recipe({"trainer": {"init": trainer}}).scaler().get_scale() == 2.0**31
+
+
+def test_spikes_and_accumulation_of_a_recipe():
+    recipe = step_recipe(skip_spikes={"window": 16, "sigma": 4}, grad_accum_steps=4)
+    assert recipe.skip_spikes == optim.SkipSpikes(16, 4)
+    assert recipe.grad_accum_steps == 4
+    opt, _ = recipe.optimizer({"w": jnp.ones(2)})
+    assert opt.skip_spikes == recipe.skip_spikes
+    assert step_recipe(skip_spikes=True).skip_spikes == optim.SkipSpikes()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"loss_scaling_factor": -1}, "loss_scaling_factor must be > 0"),
+        ({"loss_scaling_factor": "dynamik"}, "loss_scaling_factor must be a number"),
+        ({"loss_scaling_factor": "dynamic", "steps_per_increase": 1.5}, "steps_per_increase"),
+        ({"skip_nonfinite": 1}, "skip_nonfinite must be True or False"),
+        ({"skip_spikes": {"windows": 3}}, "skip_spikes must be true, false or a mapping"),
+        ({"skip_spikes": {"window": 1}}, "window must be an integer >= 2"),
+        ({"grad_accum_steps": 0}, "grad_accum_steps must be a whole number >= 1, got 0"),
+    ],
+)
+def test_wrong_keys_of_the_step(keys, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        step_recipe(**keys)

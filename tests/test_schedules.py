@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -198,10 +199,42 @@ def test_two_schedulers_of_one_key_on_one_group():
     first.step()
     with pytest.raises(ValueError, match=r"param_groups\[0\]\['lr'\] is already written by"):
         second.step()
+    with pytest.warns(UserWarning, match="is written by ConstantLR"):
+        third = lrs.ConstantLR(opt, 0.3)
     with pytest.raises(ValueError, match="already written"):
-        lrs.ConstantLR(opt, 0.3)
+        third.step()
     del first
     second.step()  # the first one is gone
+
+
+def test_a_scheduler_that_is_made_again_takes_its_place():
+    """As when the cell of a notebook is run again."""
+    opt = sgd()
+    for _ in range(2):
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            sched = lrs.ConstantLR(opt, 0.1)
+        sched.step()
+
+
+def test_values_of_groups_that_are_overwritten():
+    def opt(*groups):
+        trees = [
+            {"params": {name: jnp.zeros(1)}, **g} for name, g in zip("ab", groups, strict=True)
+        ]
+        return optim.SGD(trees, lr=0.1)
+
+    frozen = lrs.ConstantLR(opt({"lr": 0.0}, {}), 0.1)
+    with pytest.warns(UserWarning, match=r"into all groups, which had \[0.0, 0.1\]"):
+        frozen.step()
+    frozen.step()  # says it once
+    adjusted = opt({"adjust_learning_rate": 0.5}, {})
+    unread = lrs.ConstantLR(adjusted, 0.1)
+    with pytest.warns(UserWarning, match="adjust_learning_rate .* is not used by ConstantLR"):
+        unread.step()
+    del unread
+    lrs.ScalePerParamLR(adjusted, lrs.ConstantLR(adjusted, 0.1)).step()
+    assert [g["lr"] for g in adjusted.param_groups] == [0.05, 0.1]
 
 
 def test_param_group_tags():

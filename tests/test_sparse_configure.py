@@ -340,7 +340,7 @@ def test_masks_of_a_file_reach_the_states():
 def test_names_of_a_list():
     sparsity = sparse.Sparsity({"fc*": sparse.Static(0.5, init_method="from_zeros")})
     names = ["fc.weight", "fc.bias", "out"]
-    tx = sparsity.around(names)(optim.adamw(lr=0.1))
+    tx = sparse.sparsify(optim.adamw(lr=0.1), sparsity, names=names)
     leaves = [jnp.ones((4, 4)), jnp.ones(4), jnp.ones((4, 4))]
     state = tx.init(leaves)
     entries = to_entries(state, sparsity, leaves, names)

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from optimizers import OPTIMIZERS
@@ -262,3 +263,33 @@ def test_gradients_that_are_none():
     assert len(times) == 2  # the clocks part in the first step
     assert float(opt.state["w"]["step"]) == 3
     assert float(opt.state["b"]["step"]) == 0
+
+
+# --- other objects of flax ------------------------------------------------------------------------
+
+
+def test_objects_of_flax_that_are_no_modules_are_updated():
+    rngs, metric = nnx.Rngs(0), nnx.metrics.Average()
+    draw = cjax.trace(lambda rngs: jax.random.key_data(rngs()))
+    assert not np.array_equal(draw(rngs), draw(rngs))
+    cjax.trace(lambda metric, x: metric.update(values=x))(metric, jnp.arange(3.0))
+    assert metric.compute() == 1
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    opt = nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.Param)
+    before = np.asarray(model.bias[...])
+
+    @cjax.trace
+    def step(model, opt):
+        opt.update(model, nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(model))
+
+    step(model, opt)
+    np.testing.assert_array_equal(model.bias[...], before - 1)
+    assert int(opt.step[...]) == 1
+
+
+def test_a_variable_alone_is_refused():
+    def add(variable):
+        variable[...] = variable[...] + 1
+
+    with pytest.raises(TypeError, match=r"cannot update an nnx.Variable alone"):
+        cjax.trace(add)(nnx.Variable(jnp.zeros(2)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cerebras_jax import checks
 from cerebras_jax.engine.rule import has_term
@@ -23,6 +24,26 @@ class _Number:
 
 
 NUMBER = _Number()
+
+
+@jax.tree_util.register_static
+class Whole(int):
+    """A whole number that decides the program: part of a tree's structure, and never traced."""
+
+
+def whole_arguments(factory: Callable[..., Any]) -> frozenset[str]:
+    """The arguments that are annotated ``int``: they decide the program."""
+    parameters = inspect.signature(factory).parameters.values()
+    return frozenset(p.name for p in parameters if p.annotation in (int, "int"))
+
+
+def fix_whole(factory: Callable[..., Any], hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters with the whole numbers among them made static."""
+    names = whole_arguments(factory)
+    return {
+        k: Whole(v) if k in names and isinstance(v, int | np.integer) else v
+        for k, v in hyper.items()
+    }
 
 
 def is_leaf(x: Any) -> bool:
@@ -82,11 +103,6 @@ def is_constant_zero(x: Any) -> bool:
 def is_live_number(x: Any) -> bool:
     """Whether x is an argument of the program: a number, but not a constant zero."""
     return checks.is_number(x) and not is_constant_zero(x)
-
-
-def map_numbers(fn: Callable[[Any], Any], hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """Applies ``fn`` to every value that `is_live_number`."""
-    return jax.tree.map(lambda x: fn(x) if is_live_number(x) else x, dict(hyper), is_leaf=is_leaf)
 
 
 def map_schedules(fn: Callable[[Any], Any], hyper: Mapping[str, Any]) -> dict[str, Any]:

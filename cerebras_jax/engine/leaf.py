@@ -6,13 +6,13 @@ parameter's. A complex array is a pair of real ones.
 
 import collections
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from cerebras_jax import checks
-from cerebras_jax.engine import xla_cpu
+from cerebras_jax.engine import rounding, xla_cpu
 from cerebras_jax.engine.hyper import combine
 from cerebras_jax.engine.rule import Rule
 from cerebras_jax.engine.trees import is_complex
@@ -20,6 +20,10 @@ from cerebras_jax.types import Array
 
 StateDtype = Any
 """A dtype for every state, or ``{"exp_avg": dtype}`` for some of them; None: the parameter's."""
+
+
+Rounding = Literal["nearest", "stochastic", "exact"]
+"""How new bfloat16 parameters are rounded; see `per_parameter`."""
 
 
 def init_leaf(rule: Rule, state_dtype: StateDtype, p: Any) -> Any:
@@ -82,18 +86,67 @@ def update_leaf(
     return u, jax.tree.map(_store, new, s)
 
 
-_update_leaf_of_a_kind = jax.jit(update_leaf, static_argnums=(0, 1))  # traced once per type
+def step_leaf(
+    mode: Rounding,
+    returns_params: bool,
+    factory: Callable[..., Rule],
+    static: Any,
+    numbers: tuple,
+    now: Any,
+    g: Array,
+    s: Any,
+    p: Array,
+    low_bits: Array | None,
+    draws: tuple[Array, Array] | None,
+) -> tuple[Array, Any, Array | None]:
+    """The update of one parameter, its new state, and what its rounding left over.
+
+    Args:
+      mode: how a bfloat16 parameter is rounded.
+      returns_params: whether to return the next value in place of the update.
+      factory, static, numbers, now, g, s, p: see `update_leaf`.
+      low_bits: with "exact", what the last rounding left over.
+      draws: with "stochastic", numbers of the paths of the parameter and its states, and the
+        number of steps it has taken.
+    """
+    if mode == "nearest" or p.dtype != jnp.bfloat16:
+        u, new = update_leaf(factory, static, numbers, now, g, s, p)
+        return ((p + u).astype(p.dtype) if returns_params else u), new, low_bits
+    wide = rounding.join(p, jnp.zeros_like(p, jnp.int16) if low_bits is None else low_bits)
+    if mode == "exact":
+        u, new = update_leaf(factory, static, numbers, now, g, s, wide)
+        q, low_bits = rounding.split(wide + u)
+        return (q if returns_params else rounding.float32_update(q, p)), new, low_bits
+    assert draws is not None  # of every bfloat16 parameter
+    paths, count = draws
+    remaining = iter(range(paths.shape[0]))
+
+    def store(x: Array, like: Array) -> Array:
+        path = paths[next(remaining)]
+        if like.dtype != jnp.bfloat16:
+            return _store(x, like)
+        return rounding.stochastic(x, rounding.random_bits(0, path, count, x.shape))
+
+    # The states in float32, so that nothing is rounded before it is drawn for.
+    wide_s = jax.tree.map(lambda x: _cast(x, jnp.promote_types(x.dtype, jnp.float32)), s)
+    u, new = update_leaf(factory, static, numbers, now, g, wide_s, wide)
+    q = store(wide + u, p)
+    new = jax.tree.map(store, new, s)
+    return (q if returns_params else rounding.float32_update(q, p)), new, None
 
 
-def leaf_updates(params: Sequence[Array]) -> list[Callable[..., Any]]:
-    """For each parameter the function that updates it.
+_step_leaf_of_a_kind = jax.jit(step_leaf, static_argnums=(0, 1, 2, 3))  # traced once per type
+
+
+def leaf_steps(params: Sequence[Array]) -> list[Callable[..., Any]]:
+    """For each parameter the function that steps it: `step_leaf`.
 
     Jitted, except within a trace for the only parameter of its type, where that would not pay.
     """
     types = [(p.shape, p.dtype) for p in params]
     count = collections.Counter(types)
     return [
-        update_leaf if count[t] == 1 and checks.is_traced(p) else _update_leaf_of_a_kind
+        step_leaf if count[t] == 1 and checks.is_traced(p) else _step_leaf_of_a_kind
         for t, p in zip(types, params, strict=True)
     ]
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cerebras_jax.checks import check_state_dtype
+from cerebras_jax.checks import check_choice, check_state_dtype
 from cerebras_jax.engine import hyper as hypers
-from cerebras_jax.engine.leaf import StateDtype, fields, init_leaf, leaf_updates
+from cerebras_jax.engine import rounding as rounding_bits
+from cerebras_jax.engine.leaf import Rounding, StateDtype, fields, init_leaf, leaf_steps
 from cerebras_jax.engine.rule import Rule
 from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
 from cerebras_jax.types import Array, Params
@@ -36,11 +37,14 @@ class RuleState(NamedTuple):
       clock: the rule's own scalars, floats.
       states: the rule's NamedTuple; every field a tree like the parameters, with None where a
         parameter has no such state (or None, if no parameter has it).
+      low_bits: with ``rounding="exact"`` a tree like the parameters: int16, what a bfloat16
+        parameter lacks of its float32 value, None for others; else None.
     """
 
     count: Array
     clock: Any
     states: Any
+    low_bits: Any = None
 
 
 class PureOptimizer(Protocol, Generic[P_co]):
@@ -60,6 +64,7 @@ class PureOptimizer(Protocol, Generic[P_co]):
         *args: Any,
         state_dtype: StateDtype = ...,
         per_leaf_clocks: bool = ...,
+        rounding: Rounding = ...,
         **kwargs: Any,
     ) -> optax.GradientTransformationExtraArgs: ...
 
@@ -75,10 +80,21 @@ def per_parameter(factory: Callable[P, Rule]) -> PureOptimizer[P]:
     Returns:
       A function with the factory's signature, which returns an
       ``optax.GradientTransformationExtraArgs``. Its ``update`` takes every number of the
-      signature as a keyword that overrides it for that step, without recompiling. Two more
-      keywords: ``state_dtype``, a dtype for all states or a dict from state names to dtypes; and
+      signature as a keyword that overrides it for that step, without recompiling. Three more
+      keywords: ``state_dtype``, a dtype for all states or a dict from state names to dtypes;
       ``per_leaf_clocks=True`` for a step count of its own for every leaf, which a None gradient
-      leaves alone, instead of one for the tree.
+      leaves alone, instead of one for the tree; and ``rounding``, how new bfloat16 parameters
+      are rounded:
+
+      * ``"nearest"``: as everything is. Steps below half a unit in the last place, 1/256 to
+        1/512 of the value, are lost.
+      * ``"stochastic"``: up or down at random, right on average, and likewise the states that
+        are kept in bfloat16. The draws depend on path and step only: nothing to store or resume.
+      * ``"exact"``: to nearest, and 16 bits per parameter in the state hold what is left over.
+        All arithmetic and all states are those of float32 parameters; see `full_precision`.
+
+      With the last two, updates are float32, and ``optax.apply_updates`` must come next.
+      float16 parameters are refused then, float32 ones stay as they are.
 
     >>> from cerebras_jax.checks import check
     >>> class NoState(NamedTuple):
@@ -96,11 +112,21 @@ def per_parameter(factory: Callable[P, Rule]) -> PureOptimizer[P]:
 
     @functools.wraps(factory)
     def optimizer(
-        *args: Any, state_dtype: StateDtype = None, per_leaf_clocks: bool = False, **kwargs: Any
+        *args: Any,
+        state_dtype: StateDtype = None,
+        per_leaf_clocks: bool = False,
+        rounding: Rounding = "nearest",
+        **kwargs: Any,
     ) -> Any:
         hyper = hypers.normalize(hypers.bind(factory, factory.__name__, args, kwargs))
         factory(**hyper)  # pyright: ignore - checks ranges now, at the earliest call
-        return lift(factory, hyper, state_dtype=state_dtype, per_leaf_clocks=per_leaf_clocks)
+        return lift(
+            factory,
+            hyper,
+            state_dtype=state_dtype,
+            per_leaf_clocks=per_leaf_clocks,
+            rounding=rounding,
+        )
 
     keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
     optimizer.__signature__ = signature.replace(  # pyright: ignore
@@ -108,6 +134,7 @@ def per_parameter(factory: Callable[P, Rule]) -> PureOptimizer[P]:
             *signature.parameters.values(),
             keyword("state_dtype", default=None),
             keyword("per_leaf_clocks", default=False),
+            keyword("rounding", default="nearest"),
         ],
         return_annotation=optax.GradientTransformationExtraArgs,
     )
@@ -122,6 +149,8 @@ def lift(
     state_dtype: StateDtype = None,
     per_leaf_clocks: bool = False,
     same: Sequence[int] | None = None,
+    rounding: Rounding = "nearest",
+    returns_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The optax pair of a rule with these hyper-parameters.
 
@@ -134,13 +163,22 @@ def lift(
         the clocks as they are.
       same: what the caller knows of such clocks: for each leaf, the first leaf whose clock has the
         same values. Leaves with one clock have one kernel, which XLA compiles once.
+      rounding: see `per_parameter`.
+      returns_params: whether ``update`` returns new parameters in place of updates.
     """
+    check_choice("rounding", rounding, ("nearest", "stochastic", "exact"))
+    keeps_bits = rounding == "exact"
+    hyper = hypers.fix_whole(factory, hyper)
 
     def init(params: Params) -> RuleState:
         leaves, treedef = jax.tree.flatten(params)
         check_params(leaves, lambda: leaf_paths(params))
         rule = factory(**hypers.at_step(hyper, 0))
-        rows = [init_leaf(rule, state_dtype, as_array(p)) for p in leaves]
+        arrays = [as_array(p) for p in leaves]
+        if rounding != "nearest":
+            _check_roundable(rounding, arrays, lambda: leaf_paths(params))
+        wide = [x.astype(jnp.float32) if keeps_bits and _is_rounded(x) else x for x in arrays]
+        rows = [init_leaf(rule, state_dtype, x) for x in wide]
         kind = type(rows[0] if rows else _scalar_state(rule))
         check_state_dtype(kind._fields, state_dtype)
         shape = (len(leaves),) if per_leaf_clocks else ()
@@ -148,6 +186,11 @@ def lift(
             count=jnp.zeros(shape, jnp.int32),
             clock=jax.tree.map(lambda x: jnp.full(shape, hypers.as_number(x)), rule.clock),
             states=_columns(kind, treedef, rows) if rows else _no_rows(rule, treedef),
+            low_bits=treedef.unflatten(
+                [jnp.zeros_like(x, jnp.int16) if _is_rounded(x) else None for x in arrays]
+            )
+            if keeps_bits
+            else None,
         )
 
     def update(
@@ -170,18 +213,102 @@ def lift(
         present = np.array([g is not None for g in g_leaves], bool)
         scalars_of, count, clock = _tick(factory, now_hyper, state, present, same)
         updates, new_rows = [], []
-        functions = leaf_updates(p_leaves)
+        functions = leaf_steps(p_leaves)
+        low_bits = [None] * len(rows)
+        if keeps_bits:
+            low_bits = align(treedef, state.low_bits, "low_bits", names)
+        draws_of = _draws(rounding, names, state)
         for i, (g, s, p) in enumerate(zip(g_leaves, rows, p_leaves, strict=True)):
             if g is None:
-                u, new = -jnp.zeros_like(p), s  # p + -0.0 is p, whatever p is
+                # p + -0.0 is p, whatever p is
+                u, new = p if returns_params else -jnp.zeros_like(p), s
             else:
-                u, new = functions[i](factory, *scalars_of(i), as_array(g), s, p)
+                u, new, low_bits[i] = functions[i](
+                    rounding,
+                    returns_params,
+                    factory,
+                    *scalars_of(i),
+                    as_array(g),
+                    s,
+                    p,
+                    low_bits[i],
+                    draws_of(i, p),
+                )
             updates.append(u)
             new_rows.append(new)
         states = _columns(type(state.states), treedef, new_rows) if rows else state.states
-        return treedef.unflatten(updates), RuleState(count, clock, states)
+        bits = treedef.unflatten(low_bits) if keeps_bits else state.low_bits
+        return treedef.unflatten(updates), RuleState(count, clock, states, bits)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
+
+
+# --- rounding -------------------------------------------------------------------------------------
+
+
+def _is_rounded(p: Any) -> bool:
+    return p.dtype == jnp.bfloat16
+
+
+def _check_roundable(
+    rounding: Rounding, leaves: Sequence[Any], names: Callable[[], Sequence[str]]
+) -> None:
+    for i, p in enumerate(leaves):
+        if p.dtype == jnp.float16:
+            raise ValueError(
+                f"rounding={rounding!r} is for bfloat16 parameters, whose exponent is that of "
+                f"float32; {names()[i]!r} is float16"
+            )
+
+
+def _draws(
+    rounding: Rounding, names: Callable[[], Sequence[str]], state: RuleState
+) -> Callable[[int, Array], Any]:
+    """For leaf i, what its random numbers depend on: see `step_leaf`."""
+    keys = ["", *(f".{name}" for name, tree in fields(state.states) if tree is not None)]
+
+    def draws(i: int, p: Array) -> Any:
+        if rounding != "stochastic" or not _is_rounded(p):
+            return None
+        paths = [rounding_bits.path_number(names()[i] + key) for key in keys]
+        count = state.count if state.count.ndim == 0 else state.count[i]
+        return jnp.asarray(np.array(paths)), count
+
+    return draws
+
+
+def full_precision(params: Params, state: Any) -> Any:
+    """The float32 values of bfloat16 parameters that were trained with ``rounding="exact"``.
+
+    Args:
+      params: the parameters.
+      state: their optax state, in whatever wrappers.
+
+    Returns:
+      a tree like the parameters; those without bits in the state are widened, others stay.
+
+    >>> from cerebras_jax import optim
+    >>> tx = optim.sgd(lr=1.0, rounding="exact")
+    >>> params = {"w": jnp.ones(1, jnp.bfloat16)}
+    >>> updates, state = tx.update({"w": jnp.full(1, 2.0**-12)}, tx.init(params), params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> params["w"], full_precision(params, state)["w"]
+    (Array([1], dtype=bfloat16), Array([0.99975586], dtype=float32))
+    """
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RuleState))
+    bits: dict[str, Array] = {}
+    for node in nodes:
+        if isinstance(node, RuleState) and node.low_bits is not None:
+            paths, leaves = leaf_paths(node.low_bits), jax.tree.leaves(node.low_bits)
+            bits |= zip(paths, leaves, strict=True)
+    leaves, treedef = jax.tree.flatten(params)
+    wide = [
+        rounding_bits.join(p, bits[name] if name in bits else jnp.zeros_like(p, jnp.int16))
+        if _is_rounded(p)
+        else p
+        for name, p in zip(leaf_paths(params), leaves, strict=True)
+    ]
+    return treedef.unflatten(wide)
 
 
 # --- clocks ---------------------------------------------------------------------------------------
@@ -287,7 +414,8 @@ def _checked_overrides(
     """The overrides that name a number of this rule; others are for other links of a chain."""
     mine = hypers.normalize({k: v for k, v in overrides.items() if k in hyper and v is not None})
     for name, value in mine.items():
-        if isinstance(hyper[name], bool | str | None) or isinstance(value, bool | str):
+        is_fixed = isinstance(hyper[name], bool | str | None | hypers.Whole)
+        if is_fixed or isinstance(value, bool | str):
             raise TypeError(f"{name} is fixed at construction: {hyper[name]!r}, got {value!r}")
     if mine:
         new = {**hyper, **mine}

@@ -3,7 +3,7 @@
 An algorithm's file holds a *factory*: a function from hyper-parameters to a `Rule`. The factory
 is cheap and is called again inside the trace with the numbers in force, so every hyper-parameter
 may be a float, an array, a tracer or a schedule, and a new value never recompiles. Flags (bool,
-str, None) are static.
+str, None) are static, and so are arguments annotated ``int``, such as a number of iterations.
 """
 
 from collections.abc import Callable

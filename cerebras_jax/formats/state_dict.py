@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cerebras_jax.checks import is_traced
+from cerebras_jax.messages import shown
 from cerebras_jax.schedules import Schedule
 
 _BOOKKEEPING = {"params", "param_names"}
@@ -55,7 +56,7 @@ def match_parameters(state_dict: Mapping[str, Any], ours: Sequence[Group]) -> Ma
     Raises:
       TypeError, ValueError: if a part is missing or of another kind, or groups or sizes differ.
     """
-    loaded, state = _checked_layout(state_dict)
+    loaded, state = checked_layout(state_dict)
     numbers = [n for group in loaded for n in group["params"]]
     our_names = [name for group in ours for name in group["params"]]
     their_names = [n for group in loaded for n in group.get("param_names") or ()]
@@ -78,7 +79,12 @@ def match_parameters(state_dict: Mapping[str, Any], ours: Sequence[Group]) -> Ma
     return Match(groups, entries, bool(state))
 
 
-def _checked_layout(state_dict: Any) -> tuple[list[Group], dict[int, Entry]]:
+def checked_layout(state_dict: Any) -> tuple[list[Group], dict[int, Entry]]:
+    """Groups and state of a state dict, whose numbers are ints.
+
+    Raises:
+      TypeError, ValueError: if a part is missing, or is of another kind than in torch's layout.
+    """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"a state dict is a dict, got {type(state_dict).__name__}")
     for key in ("state", "param_groups"):
@@ -86,10 +92,10 @@ def _checked_layout(state_dict: Any) -> tuple[list[Group], dict[int, Entry]]:
             raise ValueError(f"a state dict has the keys 'state' and 'param_groups', no {key!r}")
     loaded, state = state_dict["param_groups"], state_dict["state"]
     if not isinstance(loaded, list | tuple):
-        raise TypeError(f"'param_groups' must be a list of dicts, got {_short(loaded)}")
+        raise TypeError(f"'param_groups' must be a list of dicts, got {shown(loaded)}")
     for i, group in enumerate(loaded):
         if not isinstance(group, Mapping) or not all(isinstance(k, str) for k in group):
-            raise TypeError(f"param_groups[{i}] must be a dict with names, got {_short(group)}")
+            raise TypeError(f"param_groups[{i}] must be a dict with names, got {shown(group)}")
         for key in ("params", "param_names"):
             members = group.get(key, () if key == "param_names" else None)
             kind = str if key == "param_names" else int
@@ -99,19 +105,19 @@ def _checked_layout(state_dict: Any) -> tuple[list[Group], dict[int, Entry]]:
             ):
                 raise TypeError(
                     f"param_groups[{i}][{key!r}] must be a list of {kind.__name__}, "
-                    f"got {_short(members)}"
+                    f"got {shown(members)}"
                 )
     numbers = [n for group in loaded for n in group["params"]]
     if len(set(numbers)) < len(numbers):
         raise ValueError("a parameter of the state dict is in several of its param_groups")
     if not isinstance(state, Mapping):
-        raise TypeError(f"'state' must be a dict, got {_short(state)}")
+        raise TypeError(f"'state' must be a dict, got {shown(state)}")
     result = {}
     for key, entry in state.items():
         if isinstance(key, bool) or not (isinstance(key, int) or str(key).isdecimal()):
-            raise TypeError(f"keys of 'state' must be numbers of parameters, got {_short(key)}")
+            raise TypeError(f"keys of 'state' must be numbers of parameters, got {shown(key)}")
         if not isinstance(entry, Mapping) or not all(isinstance(k, str) for k in entry):
-            raise TypeError(f"state[{key!r}] must be a dict with names, got {_short(entry)}")
+            raise TypeError(f"state[{key!r}] must be a dict with names, got {shown(entry)}")
         result[int(key)] = entry
     return list(loaded), result
 
@@ -131,7 +137,7 @@ def _group_for(
         if differing:
             raise ValueError(
                 f"param_groups[{i}] joins groups of the state dict that differ in {differing}: "
-                f"{_short(values[0].get(differing[0]))}, {_short(other.get(differing[0]))}"
+                f"{shown(values[0].get(differing[0]))}, {shown(other.get(differing[0]))}"
             )
     return values[0]
 
@@ -174,7 +180,7 @@ def check_keys(group: Group, defaults: Mapping[str, Any]) -> None:
     """
     for key in list(group):
         if not isinstance(key, str):
-            raise TypeError(f"keys of a parameter group are strings, got {_short(key)}")
+            raise TypeError(f"keys of a parameter group are strings, got {shown(key)}")
         if key in defaults or key in _BOOKKEEPING | _METADATA:
             continue
         meant = difflib.get_close_matches(key, defaults, 1, 0.8)
@@ -211,9 +217,7 @@ def _load_one(key: str, name: str, value: Any, like: Any) -> Any:
     if array.dtype == object or not (
         jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool
     ):
-        raise TypeError(
-            f"state {key!r} of parameter {name!r} must be an array, got {_short(value)}"
-        )
+        raise TypeError(f"state {key!r} of parameter {name!r} must be an array, got {shown(value)}")
     if array.shape != np.shape(like):
         raise ValueError(
             f"state {key!r} of parameter {name!r} has shape {array.shape}, "
@@ -237,11 +241,21 @@ def load_shared(given: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
             f"the state dict lacks 'around', the states {sorted(ours)[:5]} of wrappers"
         )
     if not isinstance(given, Mapping):
-        raise TypeError(f"'around' must be a dict, got {_short(given)}")
+        raise TypeError(f"'around' must be a dict, got {shown(given)}")
     missing, extra = sorted(set(ours) - set(given)), sorted(map(str, set(given) - set(ours)))
     if missing or extra:
         raise ValueError(f"states of wrappers: missing {missing[:5]}, unexpected {extra[:5]}")
     return {path: _load_one(path, "around", given[path], like) for path, like in ours.items()}
+
+
+def load_known(given: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what was measured, that which both sides have, in our shapes; the rest stays ours."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"'guard' must be a dict, got {shown(given)}")
+    fits = {k: v for k, v in ours.items() if k in given and np.shape(given[k]) == v.shape}
+    return {key: _load_one(key, "guard", given[key], like) for key, like in fits.items()}
 
 
 def to_numpy(x: Any) -> np.ndarray:
@@ -278,8 +292,3 @@ def is_plain_schedule(value: Any) -> bool:
         return False
     parts = jax.tree.leaves(list(vars(value).values()), is_leaf=callable)
     return all(not callable(x) or is_plain_schedule(x) for x in parts)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

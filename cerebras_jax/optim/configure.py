@@ -28,6 +28,7 @@ from cerebras_jax.optim.scheduler import Scheduler
 
 _LEGACY = {"weight_decay_rate": "weight_decay", "epsilon": "eps"}
 _DEFAULT_LR = 0.1  # where an optimizer has no default and a schedule will set it
+_TEXTS = {"axes", "adjust_lr_fn"}  # of Muon's groups
 _NO_DECAY = {"weight_decay": 0.0, "no_weight_decay": True}
 
 
@@ -185,7 +186,11 @@ def configure_param_groups(params: Any, optimizer_params: Mapping[str, Any]) -> 
 
 
 def make_param_groups(
-    params: Any, optimizer_params: Mapping[str, Any], key: str, rate: Any
+    params: Any,
+    optimizer_params: Mapping[str, Any],
+    key: str,
+    rate: Any,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ParamGroups:
     """See `configure_param_groups`.
 
@@ -194,10 +199,13 @@ def make_param_groups(
       optimizer_params: of its keys ``adjust_learning_rate`` and ``params`` are read.
       key: what the groups call the learning rate.
       rate: the learning rate; it is used if it is a number or a schedule.
+      own: further values by parameter name, which those of the configuration override.
     """
     names = names_of(params)
     is_free = no_decay_rule(params)
     values: dict[str, dict[str, Any]] = {n: dict(_NO_DECAY) if is_free(n) else {} for n in names}
+    for name, further in (own or {}).items():
+        values[name] |= further
     for rule in param_filters(optimizer_params.get("params")):
         found = {name for pattern in rule.patterns for name in matching(pattern, names)}
         if not found:
@@ -286,7 +294,7 @@ def _param_filter(where: str, given: Any, rule: str) -> ParamFilter:
         if not _are_texts(texts) or (key == "params" and not texts):
             raise TypeError(f"{where}: {key!r} must be strings, got {shown(texts)}")
     values = {
-        k: to_number(f"{where}.{k}", v) if isinstance(v, str) else v
+        k: to_number(f"{where}.{k}", v) if isinstance(v, str) and k not in _TEXTS else v
         for k, v in given.items()
         if k not in ("params", "tag", "tags")
     }

@@ -6,6 +6,8 @@ from typing import Any
 
 from flax import nnx
 
+from cerebras_jax.optim.selection import module_of
+
 _NORM_LAYERS = (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm)
 _NORM_NAME = re.compile(r".*norm.*|(ln|bn|gn)([_\d].*)?", re.IGNORECASE)
 
@@ -22,11 +24,11 @@ def no_decay_rule(params: Any) -> Callable[[str], bool]:
     >>> [is_free(n) for n in ("attn.in_proj_bias", "ln_f.weight", "dense.kernel")]
     [True, True, False]
     """
-    norms = set()
-    if isinstance(params, nnx.Module):
+    norms, module = set(), module_of(params)
+    if module is not None:
         norms = {
             ".".join(map(str, path))
-            for path, node in nnx.iter_graph(params)
+            for path, node in nnx.iter_graph(module)
             if isinstance(node, _NORM_LAYERS)
         }
 

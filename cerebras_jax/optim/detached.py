@@ -4,7 +4,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cerebras_jax.optim.scheduler import Scheduler, SchedulerComposition, ScheduleScheduler
+from cerebras_jax.optim.schedule_scheduler import ScheduleScheduler
+from cerebras_jax.optim.scheduler import Scheduler
+from cerebras_jax.optim.scheduler_compositions import SchedulerComposition
 
 
 def needs_detaching(cls: type[Scheduler]) -> bool:

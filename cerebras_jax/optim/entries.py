@@ -1,6 +1,7 @@
 """Which array of an optimizer's state belongs to which parameter, and under which name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,11 @@ from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.trees import path_name
+from cerebras_jax.optim.guarding import guard_only
 from cerebras_jax.transforms.grouped import GroupedState
 from cerebras_jax.types import Array
+
+LOW_BITS = "low_bits"  # the state of that name; see `rounding`
 
 
 class Place(NamedTuple):
@@ -29,10 +33,12 @@ class Catalogue(NamedTuple):
     Attributes:
       of: per parameter name, the places of its states by key; its step count is ``"step"``.
       shared: places, by path, of what belongs to no parameter: the states of wrappers.
+      guard: places of what watches over the steps; see `guarding`.
     """
 
     of: dict[str, dict[str, Place]]
     shared: dict[str, Place]
+    guard: dict[str, Place]
 
 
 Owners = Callable[[int, Any, Any], list[str | None]]
@@ -69,9 +75,14 @@ def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners)
         else:
             mine = owners(g, own, masked.unflatten(members))
             _add_foreign(of, own, mine, members, index)
+    guard = {
+        path_name(path): Place(index[id(x)])
+        for path, x in jax.tree_util.tree_leaves_with_path(guard_only(state))
+    }
+    known |= {place.leaf for place in guard.values()}
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     shared = {paths[i]: Place(i) for i in range(len(leaves)) if i not in known}
-    return Catalogue(of, shared)
+    return Catalogue(of, shared, guard)
 
 
 def _masked(params: Any, names: Mapping[str, str], members: set[str]) -> Any:
@@ -93,6 +104,10 @@ def _add_rule(
             for name, leaf in zip(members, treedef.flatten_up_to(tree), strict=True):
                 if leaf is not None:
                     of[name][key] = Place(index[id(leaf)])
+    if state.low_bits is not None:
+        for name, leaf in zip(members, treedef.flatten_up_to(state.low_bits), strict=True):
+            if leaf is not None:
+                of[name][LOW_BITS] = Place(index[id(leaf)])
     for row, name in enumerate(members):
         for key, vector in [*fields(state.clock), ("step", state.count)]:
             of[name][key] = Place(index[id(vector)], row)
@@ -132,6 +147,29 @@ def read(
       host: vectors that were already brought to the host, by leaf; it is added to.
     """
     return {key: _value(leaves, place, host) for key, place in places.items()}
+
+
+class StateView(Mapping[str, Mapping[str, Any]]):
+    """Per parameter name, the states by name: as they are now, also after further steps."""
+
+    def __init__(self, leaves: Sequence[Array], catalogue: Catalogue, shown: Mapping[str, Any]):
+        self._leaves, self._catalogue, self._shown = tuple(leaves), catalogue, shown
+        self._host: dict[int, Any] = {}
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        places = self._catalogue.of[name]
+        hidden = self._shown.get(name, ())
+        mine = {key: place for key, place in places.items() if key not in hidden}
+        return MappingProxyType(read(self._leaves, mine, self._host))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._catalogue.of)
+
+    def __len__(self) -> int:
+        return len(self._catalogue.of)
+
+    def __repr__(self) -> str:
+        return repr({name: dict(entry) for name, entry in self.items()})
 
 
 def _value(leaves: Sequence[Array], place: Place, host: dict[int, Any]) -> Any:

@@ -49,10 +49,25 @@ LAYER_TYPES: dict[str, Callable[[str], bool]] = {
         "*decoder*ffn.ffn.[1]*weight", "*decoder*ffn.ffn.[1]*expert_weights", *_OUTPUT_FFN
     ),
     "encoder_attention": _any_of("*transformer_encoder*attn*dense*weight", *_ATTENTION),
-    "encoder_input_ffn": _any_of("*transformer_encoder*ffn.ffn.[!1]*weight", *_INPUT_FFN),
-    "encoder_output_ffn": _any_of("*transformer_encoder*ffn.ffn.[1]*weight", *_OUTPUT_FFN),
+    "encoder_input_ffn": _any_of("*encoder.layers*ffn.ffn.[!1]*weight", *_INPUT_FFN),
+    "encoder_output_ffn": _any_of("*encoder.layers*ffn.ffn.[1]*weight", *_OUTPUT_FFN),
     "pooler": _any_of("*pooler*weight", "*pooler*kernel"),
+    "lm_head": _any_of("*lm_head*weight", "*lm_head*kernel"),
 }
+for _side in ("decoder", "encoder"):  # T5 and the original Transformer
+    LAYER_TYPES |= {
+        f"{_side}_qkv_projection": _any_of(
+            *(f"*{_side}*attn.proj_{x}*dense*weight" for x in "qkv"),
+            *(
+                f"*{_side}*{x}.kernel"
+                for x in ("query", "key", "value", "[qkv]_proj", "proj_[qkv]")
+            ),
+        ),
+        f"{_side}_output_projection": _any_of(
+            f"*{_side}*attn.proj_output*dense*weight",
+            *(f"*{_side}*att*{x}.kernel" for x in ("out", "o_proj", "out_proj", "proj_output")),
+        ),
+    }
 
 
 def layer_names(layer_type: str | Sequence[str], names: Sequence[str]) -> list[str]:
@@ -79,7 +94,9 @@ def mup_factors(model: Mapping[str, Any]) -> dict[str, float]:
     With :math:`m_h` = ``hidden_size / mup_base_hidden_size`` and :math:`m_f` = ``filter_size /
     mup_base_filter_size`` attention and the first layer of a feed-forward network (and BERT's
     pooler) learn at :math:`1/m_h` of the rate, its second layer at :math:`1/m_f`, as in the Model
-    Zoo from release 2.3 on. A factor of 1 is left out.
+    Zoo from release 2.3 on. T5 has ``d_model``, ``d_ff`` and ``d_kv`` for widths; its embeddings,
+    output layer and, unless d_kv varies, attention learn at the root of :math:`1/m`. A factor of 1
+    is left out.
 
     Args:
       model: the section ``model`` of a configuration.
@@ -96,6 +113,10 @@ def mup_factors(model: Mapping[str, Any]) -> dict[str, float]:
     >>> mup_factors({"hidden_size": 768, "mup_base_hidden_size": 256})
     {'decoder_attention': 0.3333333333333333, 'decoder_input_ffn': 0.3333333333333333}
     """
+    if _T5_WIDTHS & set(model):
+        return {
+            k: v for k, v in _t5_factors(model).items() if not math.isclose(v, 1.0, rel_tol=1e-6)
+        }
     name = model.get("name")
     is_bert = "encoder_nonlinearity" in model or (isinstance(name, str) and "bert" in name.lower())
     side = "encoder" if is_bert else "decoder"
@@ -107,6 +128,27 @@ def mup_factors(model: Mapping[str, Any]) -> dict[str, float]:
         factors["pooler"] = hidden
     factors[f"{side}_output_ffn"] = filter
     return {k: v for k, v in factors.items() if not math.isclose(v, 1.0, rel_tol=1e-6)}
+
+
+_T5_WIDTHS = {"d_model", "mup_base_d_model", "mup_base_d_ff"}
+
+
+def _t5_factors(model: Mapping[str, Any]) -> dict[str, float]:
+    if model.get("use_transformer_initialization"):
+        return {}
+    factors: dict[str, float] = {}
+    if model.get("mup_base_d_model") is not None:
+        width = _inverse_width(model, "d_model")
+        factors = {"embedding": width**0.5, "lm_head": width**0.5}
+        inner = output = width**0.5
+        if model.get("mup_base_d_kv") is not None:
+            inner, output = width, _inverse_width(model, "d_kv")
+        for side in ("decoder", "encoder"):
+            factors[f"{side}_input_ffn"] = width
+            factors[f"{side}_qkv_projection"] = inner
+            factors[f"{side}_output_projection"] = output
+    filter = _inverse_width(model, "d_ff")
+    return factors | {"decoder_output_ffn": filter, "encoder_output_ffn": filter}
 
 
 def _inverse_width(model: Mapping[str, Any], key: str) -> float:

@@ -7,13 +7,13 @@ from typing import Any, ParamSpec
 
 from cerebras_jax import schedules
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.optim.scheduler import (
+from cerebras_jax.optim.plateau import ReduceLROnPlateau as ReduceLROnPlateau
+from cerebras_jax.optim.schedule_scheduler import ScheduleScheduler, scheduler_of
+from cerebras_jax.optim.scheduler import Scheduler
+from cerebras_jax.optim.scheduler_compositions import (
     ChainScheduler,
-    Scheduler,
     SchedulerComposition,
-    ScheduleScheduler,
     SequentialScheduler,
-    scheduler_of,
 )
 
 P = ParamSpec("P")
@@ -137,6 +137,9 @@ class ScalePerParamLR(SchedulerComposition, LRScheduler):
     def __init__(self, optimizer: Optimizer, scheduler: Scheduler):
         self._adopt(optimizer, [scheduler])
         super().__init__(optimizer, param_group_tags=scheduler.param_group_tags)
+
+    def _what_is_overwritten(self) -> None:
+        return None  # the groups' factors are what it is for
 
     @property
     def schedule(self) -> Callable[[Any], Any]:

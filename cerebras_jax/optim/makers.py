@@ -3,14 +3,32 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import optax
 
 from cerebras_jax.engine import foreign
-from cerebras_jax.engine.leaf import StateDtype
+from cerebras_jax.engine.hyper import whole_arguments
+from cerebras_jax.engine.leaf import Rounding, StateDtype
 from cerebras_jax.engine.lift import lift
 from cerebras_jax.engine.rule import Rule
+
+
+class How(NamedTuple):
+    """How arrays are kept; for pairs of rules only.
+
+    Attributes:
+      state_dtype, rounding: see `per_parameter`.
+    """
+
+    state_dtype: StateDtype = None
+    rounding: Rounding = "nearest"
+
+    def __hash__(self) -> int:
+        dtype = self.state_dtype
+        dtype = tuple(sorted(dtype.items())) if isinstance(dtype, dict) else dtype
+        return hash((str(dtype), self.rounding))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +46,21 @@ class RuleMaker:
 
     def live(self, hyper: Mapping[str, Any]) -> frozenset[str]:
         """Names of the arguments whose numbers may be traced."""
-        return frozenset(hyper)
+        return frozenset(hyper) - whole_arguments(self.factory)
 
     def pair(
-        self, hyper: Mapping[str, Any], state_dtype: StateDtype, same: Sequence[int] | None
+        self, hyper: Mapping[str, Any], how: How, same: Sequence[int] | None, returns_params: bool
     ) -> optax.GradientTransformationExtraArgs:
         """The pair; see `lift`."""
-        return lift(self.factory, hyper, state_dtype=state_dtype, per_leaf_clocks=True, same=same)
+        return lift(
+            self.factory,
+            hyper,
+            state_dtype=how.state_dtype,
+            per_leaf_clocks=True,
+            same=same,
+            rounding=how.rounding,
+            returns_params=returns_params,
+        )
 
     def owners(self, hyper: Mapping[str, Any], state: Any, names: Any) -> list[str | None]:
         """Whose the leaves of a state are."""
@@ -59,10 +85,11 @@ class ForeignMaker:
         return foreign.live_numbers(self.factory, hyper)
 
     def pair(
-        self, hyper: Mapping[str, Any], state_dtype: StateDtype, same: Sequence[int] | None
+        self, hyper: Mapping[str, Any], how: How, same: Sequence[int] | None, returns_params: bool
     ) -> optax.GradientTransformationExtraArgs:
         """The pair, in which a None gradient holds its parameter back."""
-        return foreign.adopt(self.factory, hyper)
+        pair = foreign.adopt(self.factory, hyper)
+        return _applied(pair) if returns_params else pair
 
     def owners(self, hyper: Mapping[str, Any], state: Any, names: Any) -> list[str | None]:
         """Whose the leaves of a state are."""
@@ -70,3 +97,21 @@ class ForeignMaker:
 
 
 Maker = RuleMaker | ForeignMaker
+
+
+def _applied(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns new parameters in place of updates; those without a gradient stay."""
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        treedef = jax.tree.structure(params)
+        leaves = zip(
+            treedef.flatten_up_to(grads),
+            jax.tree.leaves(params),
+            treedef.flatten_up_to(updates),
+            strict=True,
+        )
+        new = [p if g is None else (p + u).astype(p.dtype) for g, p, u in leaves]
+        return treedef.unflatten(new), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)  # pyright: ignore

@@ -111,10 +111,10 @@ def check_plain(where: str, value: Any) -> None:
     def visit(value: Any, path: tuple[str, ...]) -> None:
         nonlocal left
         left -= 1
-        if left < 0:
-            raise ValueError(f"{where} must hold at most {_MOST_VALUES} values, it holds more")
-        if len(path) > _MOST_LEVELS:
-            raise ValueError(f"{where} must be nested at most {_MOST_LEVELS} deep, it is deeper")
+        if left < 0 or len(path) > _MOST_LEVELS:
+            most = f"hold at most {_MOST_VALUES} values"
+            rule = most if left < 0 else f"be nested at most {_MOST_LEVELS} deep"
+            raise ValueError(f"{where} must {rule}, it goes beyond at {''.join(path[:8])}")
         if isinstance(value, Mapping):
             for key, child in value.items():
                 if not isinstance(key, str):

@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from cerebras_jax.engine.trees import as_array, check_grads
-from cerebras_jax.optim.makers import Maker
+from cerebras_jax.engine.trees import as_array, check_grads, leaf_paths
+from cerebras_jax.optim.guarding import Guard
+from cerebras_jax.optim.makers import How, Maker
 from cerebras_jax.optim.numbers import join
 from cerebras_jax.programs import Programs
-from cerebras_jax.transforms import clipping
 from cerebras_jax.transforms.grouped import grouped
+from cerebras_jax.transforms.loss_scale import unscale
 from cerebras_jax.types import Array
 
 Wrapper = Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -34,9 +35,9 @@ class Plan:
       params: the structure of the parameters.
       state: the structure of the state; None while it is made.
       absent: positions of the parameters that have no gradient.
-      clips: which bounds of the gradients there are.
+      guard: what watches over the step.
       around: the wrappers, outermost first.
-      state_dtype: see `per_parameter`.
+      how: how arrays are kept.
     """
 
     maker: Maker
@@ -47,40 +48,38 @@ class Plan:
     params: Any
     state: Any
     absent: tuple[int, ...]
-    clips: tuple[str, ...]
+    guard: Guard
     around: tuple[Wrapper, ...]
-    state_dtype: Any
+    how: How
 
     @functools.cached_property
     def _hash(self) -> int:
-        dtype = self.state_dtype
-        dtype = tuple(sorted(dtype.items())) if isinstance(dtype, dict) else dtype
-        rest = (self.statics, self.groups, self.same, self.absent, self.clips, self.around)
-        return hash((self.maker, *rest, self.params, str(dtype)))
+        rest = (self.statics, self.groups, self.same, self.absent, self.guard, self.around)
+        return hash((self.maker, *rest, self.params, self.how))
 
     def __hash__(self) -> int:
         return self._hash
 
 
 def transformation(
-    plan: Plan, numbers: Sequence[Sequence[Any]], bounds: Sequence[Any]
+    plan: Plan, numbers: Sequence[Sequence[Any]], bounds: Sequence[Any], *, applied: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """The optax pair that a step applies: the wrappers around the clipping around the groups.
+    """The optax pair that a step applies: the wrappers around the guard around the groups.
 
     Args:
       plan: what is static.
       numbers: per group, the numbers in force.
-      bounds: the bounds of the gradients, in the order of ``plan.clips``.
+      bounds: the bounds of the gradients, in the order of ``plan.guard.clips``.
+      applied: whether its update returns new parameters; only where there are no wrappers.
     """
     pairs = [
-        plan.maker.pair(join(values, static), plan.state_dtype, same)
+        plan.maker.pair(join(values, static), plan.how, same, applied)
         for values, static, same in zip(numbers, plan.statics, plan.same, strict=True)
     ]
     tx: Any = grouped(pairs, plan.groups)
-    if plan.absent:
-        tx = without_gradients(tx, {plan.names[i] for i in plan.absent}, plan)
-    if plan.clips:
-        tx = _after_clipping(tx, dict(zip(plan.clips, bounds, strict=True)))
+    if plan.absent and not applied:
+        tx = _without_gradients(tx, {plan.names[i] for i in plan.absent})
+    tx = plan.guard.around(tx, dict(zip(plan.guard.clips, bounds, strict=True)), applied)
     for wrap in reversed(plan.around):
         tx = wrap(tx)
         if isinstance(tx, optax.MultiSteps):
@@ -88,68 +87,85 @@ def transformation(
     return optax.with_extra_args_support(tx)
 
 
-def _after_clipping(tx: Any, bounds: dict[str, Any]) -> Any:
-    """The pair with clipped gradients; the state is the pair's own."""
-    link = clipping.clip(bounds.get("max_gradient_norm"), bounds.get("max_gradient_value"))
-
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        grads, _ = link.update(grads, optax.EmptyState(), params)
-        return tx.update(grads, state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)  # pyright: ignore
-
-
-def without_gradients(tx: Any, absent: set[str], plan: Plan) -> Any:
+def _without_gradients(tx: Any, absent: set[str]) -> optax.GradientTransformationExtraArgs:
     """Wrappers see zeros where there is no gradient; the groups see that there is none."""
-    names = plan.names
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        treedef = jax.tree.structure(params)
-        held = dict(zip(names, [n in absent for n in names], strict=True))
-        flags = jax.tree.leaves(_named(plan, params, held))
-        leaves = treedef.flatten_up_to(grads)
-        hidden = [None if h else g for g, h in zip(leaves, flags, strict=True)]
-        return tx.update(treedef.unflatten(hidden), state, params, **extra)
+        # Fewer leaves than there are parameters, if a wrapper masks some.
+        names, treedef = leaf_paths(params), jax.tree.structure(params)
+        leaves = zip(names, treedef.flatten_up_to(grads), strict=True)
+        hidden = treedef.unflatten([None if name in absent else g for name, g in leaves])
+        return tx.update(hidden, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)  # pyright: ignore
 
 
-def _named(plan: Plan, params: Any, values: dict[str, Any]) -> Any:
-    """The values as a tree like ``params``, which may lack parameters that a wrapper masks."""
-    full = plan.params.unflatten([values[n] for n in plan.names])
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    return jax.tree.map(lambda p, v: p if is_masked(p) else v, params, full, is_leaf=is_masked)
+class Inputs(NamedTuple):
+    """What a step takes beside state and parameters.
+
+    Attributes:
+      grads: in the order of the leaves; None where there is none.
+      numbers: per group, the numbers in force.
+      bounds: of the gradients, in the order of ``plan.guard.clips``.
+      loss: of this step, where it is known and judged.
+      loss_scale: what it was multiplied with before it was differentiated.
+    """
+
+    grads: list[Any]
+    numbers: Sequence[Any]
+    bounds: Sequence[Any]
+    loss: Any = None
+    loss_scale: Any = None
 
 
 def _take_step(
-    plan: Plan, state: list, params: list, grads: list, numbers: Sequence[Any], bounds: list
+    plan: Plan, state: list, params: list, inputs: Inputs
 ) -> tuple[list[Array], list[Array]]:
     """One step: the leaves of the new state, and the new parameters.
 
     The state comes first: JAX pairs donated buffers with results by shape and order, and new
     parameters in the buffer of a moment would cost a copy.
     """
-    check_grads(grads, params, lambda: plan.names)
-    absent = set(plan.absent)
-    filled = [
-        jnp.zeros_like(p) if i in absent else as_array(g)
-        for i, (g, p) in enumerate(zip(grads, params, strict=True))
-    ]
-    tx = transformation(plan, numbers, bounds)
-    updates, new_state = tx.update(
-        plan.params.unflatten(filled), plan.state.unflatten(state), plan.params.unflatten(params)
-    )
+    check_grads(inputs.grads, params, lambda: plan.names)
+    step = _step_within_wrappers if plan.around else _plain_step
+    new_params, new_state = step(plan, plan.state.unflatten(state), params, inputs)
     leaves, structure = jax.tree.flatten(new_state)
     if structure != plan.state:
         raise ValueError(
             f"a step must keep the structure of the state {plan.state}, got {structure}"
         )
-    leaves = [jnp.asarray(new, old.dtype) for new, old in zip(leaves, state, strict=True)]
-    new_params = [
+    return [jnp.asarray(new, old.dtype) for new, old in zip(leaves, state, strict=True)], new_params
+
+
+def _plain_step(plan: Plan, state: Any, params: list, inputs: Inputs) -> tuple[list[Array], Any]:
+    grads = [None if g is None else as_array(g) for g in inputs.grads]
+    tx = transformation(plan, inputs.numbers, inputs.bounds, applied=True)
+    extra = {"loss": inputs.loss, "loss_scale": inputs.loss_scale} if plan.guard.is_on else {}
+    new, state = tx.update(
+        plan.params.unflatten(grads), state, plan.params.unflatten(params), **extra
+    )
+    return plan.params.flatten_up_to(new), state
+
+
+def _step_within_wrappers(
+    plan: Plan, state: Any, params: list, inputs: Inputs
+) -> tuple[list[Array], Any]:
+    """What is around the groups sees zeros for absent gradients, and none that is scaled."""
+    absent = set(plan.absent)
+    grads = [
+        jnp.zeros_like(p) if i in absent else unscale(as_array(g), inputs.loss_scale)
+        for i, (g, p) in enumerate(zip(inputs.grads, params, strict=True))
+    ]
+    tx = transformation(plan, inputs.numbers, inputs.bounds)
+    extra = {} if inputs.loss is None else {"loss": inputs.loss}
+    updates, state = tx.update(
+        plan.params.unflatten(grads), state, plan.params.unflatten(params), **extra
+    )
+    new = [
         p if i in absent else (p + u).astype(p.dtype)
         for i, (p, u) in enumerate(zip(params, plan.params.flatten_up_to(updates), strict=True))
     ]
-    return leaves, new_params
+    return new, state
 
 
 class Program:

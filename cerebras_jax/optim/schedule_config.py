@@ -27,12 +27,11 @@ from cerebras_jax.optim.names import (
     to_number,
 )
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.optim.scheduler import (
+from cerebras_jax.optim.scheduler import Scheduler, group_tags
+from cerebras_jax.optim.scheduler_compositions import (
     ChainScheduler,
-    Scheduler,
     SchedulerComposition,
     SequentialScheduler,
-    group_tags,
 )
 from cerebras_jax.optim.weight_decay_scheduler import WeightDecayScheduler
 from cerebras_jax.types import Schedule

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import inspect
+import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Generic, ParamSpec, cast, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, ParamSpec
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from cerebras_jax import schedules
 from cerebras_jax.checks import check, is_number, is_traced
 from cerebras_jax.formats.state_dict import plain_value, with_functions
-from cerebras_jax.optim.numbers import as_argument
+from cerebras_jax.optim.numbers import LEARNING_RATES, as_argument
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.stateful import OUTSIDE, Fill, Memento, Parts, Stateful, freeze
 
@@ -60,6 +59,7 @@ class Scheduler(Stateful, ABC):
 
     key: str
     keys: ClassVar[tuple[str, ...]] = ()  # other names of it, for optimizers that use them
+    transient: ClassVar[tuple[str, ...]] = (*Stateful.transient, "_note")
     special: ClassVar[frozenset[str]] = frozenset({"optimizer", "last_epoch", "_last_lr"})
 
     optimizer: Optimizer
@@ -77,7 +77,7 @@ class Scheduler(Stateful, ABC):
         self.optimizer = optimizer
         if total_iters is not None or not hasattr(self, "total_iters"):
             self.total_iters = total_iters
-        self.param_group_tags = _as_tags(param_group_tags)
+        self.param_group_tags = as_tags(param_group_tags)
         self._check_tags()
         self.key = next((k for k in (self.key, *self.keys) if k in self.groups()[0]), self.key)
         if self.key not in self.groups()[0]:
@@ -87,7 +87,13 @@ class Scheduler(Stateful, ABC):
                 optimizer.schedule_value(i, self.key)
         self.last_epoch = last_epoch
         self._last_lr: list[Any] = []
-        self._check_unclaimed()
+        for i, other in self._claimed():
+            warnings.warn(
+                f"param_groups[{i}][{self.key!r}] is written by {other!r}; the new scheduler takes "
+                "its place when nothing refers to the old one any more",
+                stacklevel=3,
+            )
+        self._note = self._what_is_overwritten()
         self._advance()
 
     # --- the value ---------------------------------------------------------------------------
@@ -113,14 +119,33 @@ class Scheduler(Stateful, ABC):
     # --- stepping ----------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Advances by one step and writes the new value; call it after ``optimizer.step()``."""
+        """Advances by one step and writes the new value; call it after ``optimizer.step()``.
+
+        After a step that the optimizer did not take (``skip_nonfinite``, ``skip_spikes``, a
+        scaler) it stays where it is; outside of `trace` that is waited for.
+        """
         if self.optimizer.is_traced() and not is_traced(self.last_epoch):
             raise RuntimeError(OUTSIDE.format(name="a scheduler"))
         with self.lock, self.optimizer.lock:
             self._check_unclaimed()
             self._claim()
             self.optimizer.note_schedule()
-            self._advance()
+            if note := vars(self).pop("_note", None):
+                warnings.warn(note, stacklevel=2)
+            took = self.optimizer.took_step
+            if is_traced(took):
+                epoch, values = self.last_epoch, [group[self.key] for group in self.groups()]
+                self._advance()
+                self._hold(~took, epoch, values)
+            elif took:
+                self._advance()
+
+    def _hold(self, held: Any, epoch: Any, values: Sequence[Any]) -> None:
+        """Takes back an advance, where ``held``."""
+        self.last_epoch = jnp.where(held, epoch, self.last_epoch)
+        for group, old in zip(self.groups(), values, strict=True):
+            group[self.key] = jnp.where(held, old, group[self.key])
+        self.update_last_lr()
 
     def _advance(self) -> None:
         self.increment_last_epoch()
@@ -155,15 +180,39 @@ class Scheduler(Stateful, ABC):
                 f"the groups' tags are {sorted(tags)}"
             )
 
-    def _check_unclaimed(self) -> None:
-        claims = claims_of(self.optimizer)
+    def _claimed(self) -> Iterator[tuple[int, Any]]:
+        """Groups that another scheduler writes to, and that one."""
+        claims, mine = claims_of(self.optimizer), self.groups()
         for i, group in enumerate(self.optimizer.param_groups):
             other = claims.get((i, self.key), lambda: None)()
-            if other is not None and other is not self and any(g is group for g in self.groups()):
-                raise ValueError(
-                    f"param_groups[{i}][{self.key!r}] is already written by {other!r}; combine "
-                    "schedulers with SequentialLR or ChainedScheduler"
-                )
+            if other is not None and other is not self and any(g is group for g in mine):
+                yield i, other
+
+    def _check_unclaimed(self) -> None:
+        for i, other in self._claimed():
+            raise ValueError(
+                f"param_groups[{i}][{self.key!r}] is already written by {other!r}; combine "
+                "schedulers with SequentialLR or ChainedScheduler"
+            )
+
+    def _what_is_overwritten(self) -> str | None:
+        """What to say at the first step: the groups had values of their own."""
+        groups = self.groups()
+        values = [group[self.key] for group in groups]
+        plain = [x for x in values if not callable(x) and not is_traced(x)]
+        factors = [i for i, g in enumerate(groups) if g.get("adjust_learning_rate", 1.0) != 1.0]
+        if factors and self.key in LEARNING_RATES:
+            return (
+                f"adjust_learning_rate of the parameter groups {factors} is not used by "
+                f"{type(self).__name__}; wrap it in ScalePerParamLR"
+            )
+        if len(set(map(float, plain))) > 1:
+            return (
+                f"{type(self).__name__} writes one {self.key} into all groups, which had "
+                f"{[plain_value(x) for x in values]}; param_group_tags choose groups, and "
+                "ScalePerParamLR with adjust_learning_rate in the groups keeps their ratios"
+            )
+        return None
 
     def _claim(self) -> None:
         mine = self.groups()
@@ -222,7 +271,7 @@ class Scheduler(Stateful, ABC):
         for key, value in state_dict.items():
             if key != "_last_lr":
                 setattr(self, key, with_functions(copy.copy(value), getattr(self, key)))
-        self.param_group_tags = _as_tags(state_dict["param_group_tags"])
+        self.param_group_tags = as_tags(state_dict["param_group_tags"])
 
     def _check_layout(self, state_dict: Any) -> None:
         """Refuses what has not the keys of `state_dict`, or no step under ``"last_epoch"``."""
@@ -251,18 +300,13 @@ class Scheduler(Stateful, ABC):
         remaining = None if refs is None else iter(refs)
         if remaining is not None:
             self.optimizer = next(remaining)
-        fill = Fill(iter(arrays), remaining)
-        for name, value in self._rest().items():
-            setattr(self, name, fill(value))
+        self._refill(Fill(iter(arrays), remaining))
 
     def as_arguments(self, numbers: list[Any]) -> list[Any]:
         """See `Stateful`."""
         epoch, *values = numbers
         epoch = epoch if isinstance(epoch, jax.Array) else np.asarray(epoch, np.int32)
         return [epoch, *map(as_argument, values)]
-
-    def _rest(self) -> dict[str, Any]:
-        return {k: v for k, v in self._attributes().items() if k not in self.special}
 
     def __repr__(self) -> str:
         epoch = plain_value(self.last_epoch)
@@ -294,225 +338,6 @@ class _ClosedForm:
         return f"{type(self.scheduler).__name__}.schedule"
 
 
-class ScheduleScheduler(Scheduler, Generic[P]):
-    """A scheduler that applies a pure schedule, with that schedule's signature."""
-
-    schedule_type: ClassVar[Any]
-    renamed: ClassVar[Mapping[str, str]] = {}
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        if "schedule_type" in dir(cls) and "__init__" not in vars(cls):
-            cls.__signature__ = _shell_signature(cls)  # pyright: ignore
-            if not vars(cls).get("__doc__"):
-                cls.__doc__ = (
-                    f"Writes the schedule `{cls.schedule_type.__name__}` into ``{cls.key!r}``; see "
-                    f"`Scheduler`.\n\n{_without_examples(cls.schedule_type)}"
-                )
-
-    @overload
-    def __init__(self, optimizer: Optimizer, *args: P.args, **kwargs: P.kwargs) -> None: ...
-    @overload
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        *args: Any,
-        param_group_tags: Sequence[str | None] | None,
-        **kwargs: Any,
-    ) -> None: ...
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        *args: Any,
-        param_group_tags: Sequence[str | None] | None = None,
-        **kwargs: Any,
-    ):
-        shell = _shell_signature(type(self))
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be an Optimizer, got {type(optimizer).__name__}")
-        try:
-            bound = shell.bind(optimizer, *args, param_group_tags=param_group_tags, **kwargs)
-        except TypeError as error:
-            names = [n for n in shell.parameters if n not in ("optimizer", "param_group_tags")]
-            raise TypeError(f"{type(self).__name__}: {error}; its arguments are {names}") from None
-        values = {
-            self._original(k): v
-            for k, v in bound.arguments.items()
-            if k not in ("optimizer", "param_group_tags")
-        }
-        self._schedule = self.make_schedule(values)
-        super().__init__(
-            optimizer,
-            total_iters=getattr(self._schedule, "total_iters", None),
-            param_group_tags=param_group_tags,
-        )
-
-    def _original(self, name: str) -> str:
-        """The schedule's own name of an argument."""
-        return next((old for old, new in self.renamed.items() if new == name), name)
-
-    def make_schedule(self, values: dict[str, Any]) -> Any:
-        """Hook: the schedule of the constructor's values."""
-        return self.schedule_type(**values)
-
-    @property
-    def schedule(self) -> Callable[[Any], Any]:
-        return self._schedule
-
-    def _get_closed_form_lr(self) -> Any:
-        return self.schedule(self.last_epoch)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._schedule, self._original(name))
-
-    def _fields(self) -> dict[str, Any]:
-        return {
-            self.renamed.get(f.name, f.name): getattr(self._schedule, f.name)
-            for f in dataclasses.fields(self._schedule)
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        del state["_schedule"]
-        return state | {k: plain_value(v) for k, v in self._fields().items()}
-
-    def _load(self, state_dict: Mapping[str, Any]) -> None:
-        self._check_layout(state_dict)
-        values = {
-            self._original(k): with_functions(state_dict[k], v) for k, v in self._fields().items()
-        }
-        self._schedule = dataclasses.replace(self._schedule, **values)
-        self.last_epoch = state_dict["last_epoch"]
-        self.total_iters = getattr(self._schedule, "total_iters", None)
-        self.param_group_tags = _as_tags(state_dict["param_group_tags"])
-
-
-class SchedulerComposition(Scheduler):
-    """A scheduler made of schedulers, which it takes over: only it is stepped."""
-
-    special = Scheduler.special | {"_schedulers"}
-    _schedulers: list[Scheduler]
-
-    def _adopt(self, optimizer: Optimizer, children: Any) -> None:
-        children = list(children)
-        if not children:
-            raise ValueError(f"{type(self).__name__} needs at least one scheduler, got none")
-        for i, child in enumerate(children):
-            if not isinstance(child, Scheduler):
-                raise TypeError(f"schedulers[{i}] must be a scheduler, got {child!r}")
-            if child.optimizer is not optimizer:
-                raise ValueError(f"schedulers[{i}] belongs to another optimizer")
-            if child.key != children[0].key:
-                raise ValueError(
-                    f"schedulers[{i}] writes {child.key!r}, schedulers[0] {children[0].key!r}"
-                )
-        self._schedulers = children
-
-    def _child_epochs(self) -> list[int]:
-        """The step that each child is at."""
-        return [int(self.last_epoch)] * len(self._schedulers)
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        children = []
-        for child, epoch in zip(self._schedulers, self._child_epochs(), strict=True):
-            twin = copy.copy(child)
-            twin.last_epoch = epoch
-            twin._last_lr = [plain_value(v) for v in twin.get_lr()]
-            children.append(twin.state_dict())
-        return {**state, "_schedulers": children}
-
-    def _family(self) -> list[Scheduler]:
-        return [self, *(x for child in self._schedulers for x in child._family())]
-
-    def _load(self, state_dict: Mapping[str, Any]) -> None:
-        self._check_layout(state_dict)
-        children = state_dict["_schedulers"]
-        if not isinstance(children, list | tuple):
-            raise TypeError(f"_schedulers must be a list of state dicts, got {children!r}")
-        if len(children) != len(self._schedulers):
-            raise ValueError(f"_schedulers must be {len(self._schedulers)}, got {len(children)}")
-        for child, state in zip(self._schedulers, children, strict=True):
-            child._load(state)
-        super()._load({**state_dict, "_schedulers": self._schedulers})
-
-    def parts(self) -> Parts:
-        """See `Stateful`: of the schedulers only what they are counts, not where they are."""
-        parts = super().parts()
-        children = tuple(child.parts().static for child in self._schedulers)
-        return parts._replace(static=(parts.static, children))
-
-    def _get_closed_form_lr(self) -> Any:
-        return self.schedule(self.last_epoch)
-
-
-class SequentialScheduler(SchedulerComposition):
-    """One scheduler after another: ``schedulers[j+1]`` takes over at ``milestones[j]``.
-
-    Args:
-      optimizer: the optimizer that all of them schedule.
-      schedulers: the schedulers, each counting its own steps from 0; they may be compositions.
-      milestones: increasing steps, one fewer than schedulers.
-      last_epoch: the step before the first one.
-
-    Raises:
-      ValueError: if the lengths do not match, the milestones do not increase, or a scheduler
-        belongs to another optimizer or writes another key.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        schedulers: Sequence[Scheduler],
-        milestones: Sequence[int],
-        last_epoch: int = -1,
-        param_group_tags: Sequence[str | None] | None = None,
-    ):
-        self._adopt(optimizer, schedulers)
-        self._milestones = list(milestones)
-        schedules.sequential([c.schedule for c in self._schedulers], self._milestones)  # checks
-        super().__init__(optimizer, None, last_epoch, param_group_tags)
-
-    @property
-    def schedule(self) -> Callable[[Any], Any]:
-        children = [child.schedule for child in self._schedulers]
-        return schedules.sequential(children, self._milestones)
-
-    def _child_epochs(self) -> list[int]:
-        starts = [0, *self._milestones]
-        ends = [*self._milestones, np.inf]
-        now = int(self.last_epoch)
-        return [
-            int(max(min(now, end - 1) - start, 0)) for start, end in zip(starts, ends, strict=True)
-        ]
-
-
-class ChainScheduler(SchedulerComposition):
-    """The first scheduler's value times the others', each relative to its own initial value.
-
-    Args:
-      schedulers: at least one; they may be compositions.
-
-    Raises:
-      ValueError: if a later scheduler starts at 0, or they belong to several optimizers.
-    """
-
-    def __init__(self, schedulers: Sequence[Scheduler]):
-        schedulers = list(schedulers)
-        first = schedulers[0] if schedulers else None
-        self._adopt(getattr(first, "optimizer", cast(Any, None)), schedulers)
-        schedules.chained([child.schedule for child in self._schedulers])  # checks
-        super().__init__(
-            self._schedulers[0].optimizer, param_group_tags=self._schedulers[0].param_group_tags
-        )
-
-    @property
-    def schedule(self) -> Callable[[Any], Any]:
-        return schedules.chained([child.schedule for child in self._schedulers])
-
-
 # --- helpers -------------------------------------------------------------------------------------
 
 
@@ -524,11 +349,8 @@ def group_tags(group: Mapping[str, Any]) -> set[str | None]:
     return {tags} if isinstance(tags, str) else set(tags) or {None}
 
 
-def _without_examples(documented: Any) -> str:
-    return (inspect.getdoc(documented) or "").split("\n\n>>>")[0]
-
-
-def _as_tags(tags: Any) -> tuple[str | None, ...] | None:
+def as_tags(tags: Any) -> tuple[str | None, ...] | None:
+    """The tags that a scheduler was given; None stays, and stands for all groups."""
     if tags is None:
         return None
     tags = (tags,) if isinstance(tags, str) else tags
@@ -550,27 +372,3 @@ _CLAIMS: weakref.WeakKeyDictionary[Optimizer, dict] = weakref.WeakKeyDictionary(
 def claims_of(optimizer: Optimizer) -> dict[tuple[int, str], Any]:
     """Which scheduler is in use for which group and key of an optimizer."""
     return _CLAIMS.setdefault(optimizer, {})
-
-
-def _shell_signature(cls: type[ScheduleScheduler]) -> inspect.Signature:
-    parameter = inspect.Parameter
-    own = [
-        p.replace(name=cls.renamed.get(p.name, p.name))
-        for p in inspect.signature(cls.schedule_type).parameters.values()
-    ]
-    return inspect.Signature(
-        [
-            parameter("optimizer", parameter.POSITIONAL_OR_KEYWORD, annotation=Optimizer),
-            *own,
-            parameter("param_group_tags", parameter.KEYWORD_ONLY, default=None),
-        ]
-    )
-
-
-def scheduler_of(
-    base: type[Scheduler], schedule_type: Callable[P, Any]
-) -> type[ScheduleScheduler[P]]:
-    """The base class of the scheduler that applies ``schedule_type`` to ``base.key``."""
-    name = f"{base.__name__}Of{schedule_type.__name__}"
-    attributes = {"schedule_type": schedule_type, "renamed": getattr(base, "renamed", {})}
-    return cast("type[ScheduleScheduler[P]]", type(name, (ScheduleScheduler, base), attributes))

@@ -6,13 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from cerebras_jax import schedules
-from cerebras_jax.optim.scheduler import (
-    ChainScheduler,
-    Scheduler,
-    ScheduleScheduler,
-    SequentialScheduler,
-    scheduler_of,
-)
+from cerebras_jax.optim.schedule_scheduler import ScheduleScheduler, scheduler_of
+from cerebras_jax.optim.scheduler import Scheduler
+from cerebras_jax.optim.scheduler_compositions import ChainScheduler, SequentialScheduler
 
 
 class WeightDecayScheduler(Scheduler):

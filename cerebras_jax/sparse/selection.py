@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from cerebras_jax.sparse.algorithms import Algorithm
@@ -58,17 +58,6 @@ class Sparsity:
           ValueError: names a pattern that matches nothing, and some of the names.
         """
         return dict(_assign(self.groups, tuple((k, tuple(v)) for k, v in shapes.items())))
-
-    def around(self, names: Sequence[str] | None = None, **options: Any) -> Callable[..., Any]:
-        """A function from an optimizer to a sparse one, both optax pairs.
-
-        Args:
-          names: names of the leaves of the parameters, in the order of flattening.
-          **options: the other arguments of `sparsify`.
-        """
-        from cerebras_jax.sparse.transform import sparsify  # which itself needs this class
-
-        return functools.partial(sparsify, sparsity=self, names=names, **options)
 
 
 def _checked(groups: Any) -> tuple[tuple[tuple[Pattern, ...] | None, Algorithm], ...]:

@@ -10,21 +10,13 @@ from typing import Any
 
 import click
 import yaml
-from jax.errors import JaxRuntimeError
 
 from cerebras_jax.recipe import Recipe, load_recipe
 from cerebras_jax.train import data, folder, report
+from cerebras_jax.train.answers import EXPECTED, one_line, told
+from cerebras_jax.train.convert_cli import convert_command
 from cerebras_jax.train.run import RANGES, Run, TrainSettings, train
 from cerebras_jax.yaml_config import read_config
-
-# What a user, a disk or a device does wrong; anything else is our mistake and shows a traceback.
-_EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, JaxRuntimeError)
-
-
-class WrongInput(click.ClickException):
-    """A configuration, an option or a text that cannot be trained with."""
-
-    exit_code = 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,6 +27,9 @@ def main(context: click.Context) -> None:
     context.with_resource(_replaced_characters())
 
 
+main.add_command(convert_command)
+
+
 @main.command("schedule")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Draw the curve into this PNG.")
@@ -42,7 +37,7 @@ def main(context: click.Context) -> None:
 def schedule_command(config: Path, out: Path | None, steps: int | None) -> None:
     """Print and draw the learning rate and weight decay of CONFIG.yaml."""
     console = report.plain_console()
-    with _told():
+    with told():
         recipe = _quiet_recipe(config)
         schedules = {key: recipe.schedule(key) for key in ("lr", "weight_decay") if recipe.has(key)}
         table = report.schedule_table(schedules, steps, recipe.optimizer_class.__name__)
@@ -85,7 +80,7 @@ def train_command(
     and weights.npz.
     """
     console = report.plain_console()
-    with _told():
+    with told():
         if out is not None:
             folder.check_folder(out, overwrite)
         run, resolved = _load(config, data, options)
@@ -100,9 +95,9 @@ def train_command(
             f"{report.printable(str(run_folder))}/{folder.PICTURE}"
         )
     for name, error in result.failures.items():
-        click.echo(f"Error: {name} was not complete: {_one_line(error)}", err=True)
-    if isinstance(result.stopped, _EXPECTED):
-        raise click.ClickException(_one_line(result.stopped))
+        click.echo(f"Error: {name} was not complete: {one_line(error)}", err=True)
+    if isinstance(result.stopped, EXPECTED):
+        raise click.ClickException(one_line(result.stopped))
     if result.stopped is not None:
         raise result.stopped
     if result.failures:
@@ -136,25 +131,8 @@ def _quiet_recipe(source: Any) -> Recipe:
         warnings.simplefilter("always")
         recipe = load_recipe(source)
     for message in recipe.warnings:
-        click.echo(f"Warning: {_one_line(message)}", err=True)
+        click.echo(f"Warning: {one_line(message)}", err=True)
     return recipe
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Turns what is wrong with the input into one line and the exit code 2."""
-    try:
-        yield
-    except _EXPECTED as error:
-        raise WrongInput(_one_line(error)) from None
-
-
-def _one_line(message: Any, most: int = 400) -> str:
-    """A message in one short line without control characters; the middle is what is left out."""
-    text = report.printable(" ".join(str(message).split()))
-    if isinstance(message, BaseException) and not text:
-        text = type(message).__name__
-    return text if len(text) <= most else f"{text[: most - 100]} ... {text[-95:]}"
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import reprlib
 import signal
 import threading
 import time
@@ -17,6 +16,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
+from cerebras_jax.messages import shown
 from cerebras_jax.optim import Optimizer
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.recipe import Recipe
@@ -59,7 +59,7 @@ class TrainSettings:
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ValueError(
                     f"train.{name} must be a whole number from {least} to {most}, got "
-                    f"{reprlib.repr(value)}"
+                    f"{shown(value)}"
                 )
         if self.width % self.heads:
             raise ValueError(
@@ -75,12 +75,10 @@ class TrainSettings:
           **given: what takes the place of the section's values.
         """
         if not isinstance(section, Mapping | None):
-            raise ValueError(f"train must be a mapping, got {reprlib.repr(section)}")
+            raise ValueError(f"train must be a mapping, got {shown(section)}")
         unknown = sorted(set(section or {}) - set(RANGES), key=str)
         if unknown:
-            raise ValueError(
-                f"train has unknown keys {reprlib.repr(unknown)}, there are {list(RANGES)}"
-            )
+            raise ValueError(f"train has unknown keys {shown(unknown)}, there are {list(RANGES)}")
         return cls(**{**(section or {}), **given})
 
 

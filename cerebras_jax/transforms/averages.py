@@ -135,6 +135,8 @@ class Average(Stateful):
       ValueError: if an argument is outside its range.
     """
 
+    transient = (*Stateful.transient, "_donor")
+
     def __init__(
         self,
         params: Any,
@@ -202,7 +204,8 @@ class Average(Stateful):
     def _given_away(self) -> AverageState:
         """The state, with copies of the arrays that somebody else holds."""
         leaves, treedef = jax.tree.flatten(self._state)
-        return treedef.unflatten(Donor().ready(leaves, owners=(1,))[0])
+        donor = vars(self).setdefault("_donor", Donor())  # it knows the arrays of the update before
+        return treedef.unflatten(donor.ready(leaves, owners=(1,))[0])
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[Any]:

@@ -40,6 +40,19 @@ class GuardState(NamedTuple):
     clip_factor: Array
     spikes: SpikeState | None
 
+    @classmethod
+    def start(cls, inner: Any, skip_spikes: SkipSpikes | None) -> "GuardState":
+        """The state before the first step."""
+        return cls(
+            inner=inner,
+            num_skipped_steps=jnp.zeros((), jnp.int32),
+            skipped_in_a_row=jnp.zeros((), jnp.int32),
+            took_step=jnp.ones((), bool),
+            norm=jnp.zeros((), jnp.float32),
+            clip_factor=jnp.ones((), jnp.float32),
+            spikes=None if skip_spikes is None else skip_spikes.init(),
+        )
+
 
 def guard(
     tx: optax.GradientTransformation,
@@ -101,15 +114,7 @@ def guard(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> GuardState:
-        return GuardState(
-            inner=inner.init(params),
-            num_skipped_steps=jnp.zeros((), jnp.int32),
-            skipped_in_a_row=jnp.zeros((), jnp.int32),
-            took_step=jnp.ones((), bool),
-            norm=jnp.zeros((), jnp.float32),
-            clip_factor=jnp.ones((), jnp.float32),
-            spikes=None if skip_spikes is None else skip_spikes.init(),
-        )
+        return GuardState.start(inner.init(params), skip_spikes)
 
     def update(
         updates: Any,

@@ -1,6 +1,7 @@
 """Loss scaling: gradients of a float16 model, kept within float16's range."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cerebras_jax.checks import check, is_number
+from cerebras_jax.stateful import Stateful
 from cerebras_jax.types import Array, Scalar
 
 SMALLEST = 2.0**-14  # the smallest normal float16
@@ -49,6 +51,13 @@ def unscale(grads: Any, loss_scale: Scalar | None) -> Any:
         return g * (1 / jnp.asarray(loss_scale, g.real.dtype))
 
     return jax.tree.map(unscale_leaf, grads)
+
+
+def scale_loss(loss: Any, loss_scale: Scalar) -> Array:
+    """The loss to differentiate: ``loss * loss_scale`` in at least float32."""
+    loss = jnp.asarray(loss)
+    loss = loss.astype(jnp.promote_types(loss.dtype, jnp.float32))
+    return loss * jnp.asarray(loss_scale, loss.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +136,7 @@ class LossScaling:
 
     def scale(self, state: LossScaleState, loss: Any) -> Array:
         """The loss to differentiate: ``loss * loss_scale`` in at least float32."""
-        loss = jnp.asarray(loss)
-        loss = loss.astype(jnp.promote_types(loss.dtype, jnp.float32))
-        return loss * state.loss_scale.astype(loss.dtype)
+        return scale_loss(loss, state.loss_scale)
 
     def unscale(self, state: LossScaleState, grads: Any) -> Any:
         """The gradients of the loss itself, in at least float32; None stays None."""
@@ -160,7 +167,12 @@ class LossScaling:
         )
 
 
-class GradScaler:
+@functools.partial(jax.jit, static_argnums=0)
+def _moved(scaling: LossScaling, state: LossScaleState, finite: Any) -> LossScaleState:
+    return scaling.update(state, finite)
+
+
+class GradScaler(Stateful):
     """Cerebras' gradient scaler: `LossScaling` that holds its state.
 
     ``opt.step(loss_fn, scaler=scaler)`` does all of it: it scales the loss, unscales the
@@ -212,6 +224,12 @@ class GradScaler:
         self.max_gradient_norm = max_gradient_norm
         self.state = self.scaling.init()
 
+    @classmethod
+    def of(cls, scaling: LossScaling) -> "GradScaler":
+        """A scaler with these constants, at its first scale."""
+        fields = (getattr(scaling, field.name) for field in dataclasses.fields(scaling))
+        return cls(*fields)
+
     def scale(self, loss: Any) -> Array:
         """The loss to differentiate."""
         return self.scaling.scale(self.state, loss)
@@ -222,7 +240,7 @@ class GradScaler:
 
     def update(self, finite: Any) -> None:
         """Moves the scale after a step whose gradients were, or were not, ``finite``."""
-        self.state = self.scaling.update(self.state, finite)
+        self.state = _moved(self.scaling, self.state, finite)
 
     def get_scale(self) -> float:
         """The scale in force; waits for the step that computes it."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_pair
-from cerebras_jax.optim.shell import Optimizer
+from cerebras_jax.optim.classes import Optimizer
 from cerebras_jax.rule import Rule, RuleState, add_weight_decay, bias_correction, per_parameter
 from cerebras_jax.transforms.averages import parameter_tree
 from cerebras_jax.types import Array, Number, Params

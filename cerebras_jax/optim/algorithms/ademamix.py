@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_pair
-from cerebras_jax.optim.shell import Optimizer
+from cerebras_jax.optim.classes import Optimizer
 from cerebras_jax.rule import (
     Rule,
     add_weight_decay,
@@ -108,7 +108,7 @@ def ademamix(
         kept = None if s.exp_avg_fast is None else fast
         return -lr * add_weight_decay(u, weight_decay, p), AdEMAMixState(kept, slow, v)
 
-    return Rule(init, update, tick=tick, wide=("exp_avg_sq",))
+    return Rule(init, update, tick=tick, wide=("exp_avg_slow", "exp_avg_sq"))
 
 
 def _half_life(beta: Number) -> Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_flag, check_pair, is_traced
-from cerebras_jax.optim.shell import Optimizer
+from cerebras_jax.optim.classes import Optimizer
 from cerebras_jax.rule import Rule, bias_correction, per_parameter
 from cerebras_jax.types import Array, Number
 
@@ -127,7 +127,8 @@ def soap(
         is_first = t == 1
         k = jnp.maximum(t - 1, 1)
         correction = jnp.sqrt(bias_correction(b2, k)) / (1 - b1**k) if correct_bias else 1
-        is_due = jnp.mod(t - 1, precondition_frequency) == 0
+        # Not t - 1, which loses a step where t is large.
+        is_due = jnp.mod(t, precondition_frequency) == jnp.mod(1.0, precondition_frequency)
         branch = jnp.where(is_first, 0, jnp.where(is_due, 1, 2))
         return _Now(lr * correction, lr * weight_decay, is_first, branch), clock
 
@@ -147,7 +148,8 @@ def soap(
         v, *bases = jax.lax.switch(branch, branches, left, right, kept)
         return -step, SoapState(m, v, left, right, *bases)
 
-    return Rule(init, update, tick=tick, supports_complex=False, wide=("exp_avg_sq",))
+    wide = ("exp_avg_sq", "left", "right", "left_basis", "right_basis")
+    return Rule(init, update, tick=tick, supports_complex=False, wide=wide)
 
 
 def _turn(x: Array, left: Array | None, right: Array | None) -> Array:

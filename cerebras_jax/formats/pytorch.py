@@ -14,7 +14,7 @@ import numpy as np
 from cerebras_jax.formats.state_dict import Entry, Group, plain_value, with_functions
 
 # How torch executes a step; says nothing about what is computed.
-_EXECUTION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
+EXECUTION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
 _BOOKKEEPING = {"params", "param_names"}
 
 
@@ -37,6 +37,7 @@ class Dialect(NamedTuple):
       import_entry: turns its state of one parameter into ours.
       export_entry: the inverse, on NumPy arrays.
       import_group: turns its group values into ours.
+      kept: our group values that it has not, and that say what a parameter is: they stay.
     """
 
     flags: Mapping[str, Any] = {}
@@ -46,6 +47,7 @@ class Dialect(NamedTuple):
     import_entry: Callable[[Entry, Group], Entry] = _same_entry
     export_entry: Callable[[Entry, Group], Entry] = _same_entry
     import_group: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = _same_group
+    kept: tuple[str, ...] = ()
 
 
 # --- Adafactor ------------------------------------------------------------------------------------
@@ -86,7 +88,15 @@ def _adafactor_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict
     return group
 
 
-_BOTH_POWERS = ("beta1_power", "beta2_power")
+# --- Muon -----------------------------------------------------------------------------------------
+
+
+def _muon_in(entry: Entry, group: Group) -> Entry:
+    """torch's has no step; that of a matrix is not used. See `formats.muon` for other layouts."""
+    return {"step": 0.0, **entry} if "momentum_buffer" in entry else entry
+
+
+POWERS = ("beta1_power", "beta2_power")
 
 DIALECTS = {
     "adafactor": Dialect(
@@ -95,10 +105,11 @@ DIALECTS = {
         export_entry=_adafactor_out,
         import_group=_adafactor_group,
     ),
-    "adam": Dialect(flags={"decoupled_weight_decay": False}, powers=_BOTH_POWERS),
-    "adam_base": Dialect(powers=_BOTH_POWERS),
+    "adam": Dialect(flags={"decoupled_weight_decay": False}, powers=POWERS),
+    "adam_base": Dialect(powers=POWERS),
     "adamax": Dialect(powers=("beta1_power",)),
-    "adamw": Dialect(flags={"decoupled_weight_decay": True}, powers=_BOTH_POWERS),
+    "adamw": Dialect(flags={"decoupled_weight_decay": True}, powers=POWERS),
+    "muon": Dialect(import_entry=_muon_in, kept=("axes", "split", "use_muon")),
     "nadam": Dialect(flags={"decoupled_weight_decay": False}),
     "radam": Dialect(flags={"decoupled_weight_decay": False}),
     "sgd": Dialect(counts_steps=False),
@@ -146,9 +157,10 @@ def import_group(
     check_flags(dialect, renamed, defaults)
     result: dict[str, Any] = {}
     for key, value in renamed.items():
-        if key not in defaults and key in {*_EXECUTION_FLAGS, *dialect.flags, "maximize"}:
+        if key not in defaults and key in {*EXECUTION_FLAGS, *dialect.flags, "maximize"}:
             continue
         result[key] = with_functions(plain_value(value), ours.get(key))
+    result |= {k: ours[k] for k in dialect.kept if k in ours and k not in result}
     return dialect.import_group(result, defaults)
 
 
@@ -221,21 +233,36 @@ def _steps_taken(entry: Entry, group: Group) -> float:
     step = float(entry.get("step", 0))
     if step:
         return step
-    for name in reversed(_BOTH_POWERS):  # the second decays more slowly
-        power = float(entry.get(name, 0))
-        beta = float(group["betas"][_BOTH_POWERS.index(name)]) if name in entry else 0.0
-        if 0 < beta < 1 and power >= np.finfo(np.float32).tiny:
-            return max(round(np.log(power) / np.log(beta)) - 1, 0)
-    if any(name in entry for name in _BOTH_POWERS):
+    powers = {name: float(entry[name]) for name in POWERS if name in entry}
+    if powers:
+        told = steps_of_powers(powers, [float(b) for b in group["betas"]])
+        if told is not None:
+            return max(round(told[0]), 0)
         # Both have underflowed: so many steps that the bias correction is 1 in any case.
         return _underflown(entry, group)
     return 0.0
 
 
+def steps_of_powers(
+    powers: Mapping[str, float], betas: Sequence[float]
+) -> tuple[float, float] | None:
+    """The t of running products beta^(t + 1), and how far it may be off; None: they do not tell.
+
+    A running product in float32 is off by up to 2^-24 in each step, so the smaller beta tells t
+    better, until its power underflows.
+    """
+    for name, beta in zip(POWERS, betas, strict=True):
+        power = powers.get(name, 0.0)
+        if np.finfo(np.float32).tiny <= power < 1 and 0 < beta < 1:
+            steps = float(np.log(power) / np.log(beta))
+            return steps - 1, 1e-3 - steps * 2**-24 / float(np.log(beta))
+    return None
+
+
 def _underflown(entry: Entry, group: Group) -> float:
     betas = [
         float(b)
-        for name, b in zip(_BOTH_POWERS, group["betas"], strict=False)
+        for name, b in zip(POWERS, group["betas"], strict=False)
         if name in entry and 0 < float(b) < 1
     ]
     if not betas:

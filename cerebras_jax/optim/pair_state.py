@@ -1,0 +1,404 @@
+"""The state of an optimizer as the leaves of an optax state, seen by parameter and name."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from cerebras_jax.checks import is_number
+from cerebras_jax.engine import rounding
+from cerebras_jax.engine.hyper import normalize, saturating_increment
+from cerebras_jax.formats import pytorch as torch_format
+from cerebras_jax.formats.state_dict import load_known, load_shared
+from cerebras_jax.optim import entries, numbers
+from cerebras_jax.optim.entries import Catalogue, StateView
+from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, Guard, StepReport, guard_only
+from cerebras_jax.optim.makers import Maker, RuleMaker
+from cerebras_jax.optim.optimizer import Optimizer
+from cerebras_jax.stateful import Slot
+from cerebras_jax.transforms.finite import GuardState
+from cerebras_jax.transforms.spikes import SkipSpikes
+from cerebras_jax.types import Array
+
+SCALED = (-1, "loss_scale")  # among the live values: steps came with a scaler
+
+
+class PairOptimizer(Optimizer):
+    """An optimizer whose state is that of an optax pair; `ShellOptimizer` steps it."""
+
+    maker: ClassVar[Maker]
+    counts_steps: ClassVar[bool] = False
+    states_to_sparsify: ClassVar[tuple[str, ...]] = ()
+    transient = (*Optimizer.transient, "_cache")
+    special = Optimizer.special | {
+        *("_state", "_structure", "_groups", "_same", "_checked", "_keys", "_fitted"),
+        "defaults",
+    }
+    settings = SETTINGS
+
+    _state: list[Array]
+    _structure: Any  # of the state
+    _groups: tuple[tuple[str, ...], ...]  # the members that the state was made for
+    _same: Any  # per group, see `clocks`; None: not known
+    _checked: list[dict[str, Any]]  # the groups' values when they were last checked
+    _keys: list[tuple[str, ...]]  # and their keys
+    _fitted: Guard  # what the state was made for
+
+    skip_nonfinite: bool
+    skip_spikes: SkipSpikes | None
+    measure_gradients: bool
+
+    def _hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return normalize({name: group[name] for name in self.defaults})
+
+    def _treedef(self) -> Any:
+        """The structure in which wrappers see the parameters."""
+        defs = [source.treedef for source in self._sources]
+        if self._is_one_tree():
+            return defs[0]
+        return jax.tree_util.treedef_tuple(defs)
+
+    def _paths(self) -> dict[str, str]:
+        """From the name of each parameter to its dotted path in the tree that wrappers see."""
+        if self._is_one_tree():
+            return {name: name for name in self._names}
+        names, result = iter(self._names), {}
+        for i, source in enumerate(self._sources):
+            result |= {next(names): f"{i}.{path}" if path else f"{i}" for path in source.names}
+        return result
+
+    def _members(self) -> tuple[tuple[str, ...], ...]:
+        """Per group, the parameters in the order of the leaves, which is that of clocks."""
+        order = {name: i for i, name in enumerate(self._names)}
+        return tuple(tuple(sorted(group, key=order.__getitem__)) for group in self._groups)
+
+    def set_parameter(self, name: str, value: Array) -> None:
+        """See `Optimizer.set_parameter`; with ``rounding="exact"`` no bit of a float32 is lost."""
+        with self.lock:
+            place = self._catalogue().of.get(name, {}).get(entries.LOW_BITS)
+            if place is None:
+                return super().set_parameter(name, value)
+            value, low = rounding.split(jnp.asarray(value, jnp.float32))
+            super().set_parameter(name, value)
+            self._state[place.leaf] = low
+
+    def full_precision(self) -> Any:
+        """The parameters as float32 where ``rounding="exact"`` keeps what bfloat16 cannot."""
+        with self.lock:
+            leaves, host = [], {}
+            for name, p in self.named_parameters():
+                places = self._catalogue().of[name]
+                mine = {k: v for k, v in places.items() if k == entries.LOW_BITS}
+                low = entries.read(self._state, mine, host).get(entries.LOW_BITS)
+                leaves.append(p if low is None else rounding.join(p, low))
+            return self._treedef().unflatten(leaves)
+
+    # --- state -------------------------------------------------------------------------------
+
+    def _kept_state(self) -> Any:
+        catalogue = self._catalogue()
+        shared = catalogue.shared | catalogue.guard
+        return self._full_entries(), entries.read(self._state, shared, {}), self._checked
+
+    def _allocate(self, kept: Any = None) -> None:
+        self._state = []
+        self.preinitialize()
+        if kept is not None:
+            entries, shared, checked = kept
+            self._checked[: len(checked)] = checked
+            self._set_entries(entries)
+            self._set_shared(shared)
+
+    def _regroup(self) -> None:
+        """Moves the states when names were moved between groups, or within one."""
+        if all(
+            tuple(group["params"]) == members
+            for group, members in zip(self.param_groups, self._groups, strict=False)
+        ) and len(self.param_groups) == len(self._groups):
+            return
+        names = self._grouped_names()
+        if sorted(names) != sorted(self._names):
+            missing, extra = set(self._names) - set(names), set(names) - set(self._names)
+            twice = {n for n in names if names.count(n) > 1}
+            raise ValueError(
+                "param_groups must hold every parameter once; "
+                f"missing: {sorted(missing)[:5]}, unknown: {sorted(extra)[:5]}, "
+                f"twice: {sorted(twice)[:5]}"
+            )
+        self._allocate(self._kept_state())
+
+    def _catalogue(self) -> Catalogue:
+        cache = vars(self).setdefault("_cache", {})
+        if "catalogue" not in cache:
+            hyper = [self._hyper(group) for group in self.param_groups]
+            shapes = self._structure.unflatten([_shape_of(x) for x in self._state])
+            cache["catalogue"] = entries.catalogue(
+                shapes,
+                self._treedef(),
+                {path: name for name, path in self._paths().items()},
+                lambda g, own, names: self.maker.owners(hyper[g], own, names),
+            )
+        return cache["catalogue"]
+
+    def state_names_to_sparsify(self) -> list[str]:
+        """Names of the states that a sparsity mask of the parameter applies to."""
+        return list(self.states_to_sparsify)
+
+    @property
+    def state(self) -> Mapping[str, Mapping[str, Any]]:
+        """A read-only view: per parameter name, the states by name. See `visit_state`."""
+        with self.lock:
+            self._regroup()
+            return StateView(self._state, self._catalogue(), self._hidden())
+
+    def _hidden(self) -> dict[str, tuple[str, ...]]:
+        """States that are not needed to continue: a step count that no formula reads."""
+        if not isinstance(self.maker, RuleMaker):
+            return {}
+        return {
+            name: ("step",)
+            for group in self.param_groups
+            if not self._stores_step(group)
+            for name in group["params"]
+        }
+
+    def _stores_step(self, group: Mapping[str, Any]) -> bool:
+        """Whether the step count is needed to continue: by the formula, or by a schedule."""
+        if self.enable_global_step or self.counts_steps:
+            return True
+        return any(callable(x) for x in jax.tree.leaves(self._hyper(group), is_leaf=callable))
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return {name: dict(entry) for name, entry in self.state.items()}
+
+    def _full_entries(self) -> dict[str, dict[str, Any]]:
+        host: dict[int, Any] = {}
+        of = self._catalogue().of
+        return {name: entries.read(self._state, places, host) for name, places in of.items()}
+
+    def _set_entries(self, given: Mapping[str, Mapping[str, Any]]) -> None:
+        self._state = entries.write(self._state, self._catalogue(), given)
+        self._same = None
+
+    def _shared(self) -> dict[str, Any]:
+        """What belongs to no parameter: the states of wrappers, by path."""
+        return entries.read(self._state, self._catalogue().shared, {})
+
+    def _set_shared(self, values: Mapping[str, Any]) -> None:
+        places = self._catalogue().shared | self._catalogue().guard
+        for path in places.keys() & values.keys():
+            self._state[places[path].leaf] = values[path]
+
+    # --- what watches over the steps -----------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in SETTINGS and vars(self).get("_structure") is not None:
+            self._fit_guard()
+
+    def _check_new_attribute(self, name: str) -> None:
+        super()._check_new_attribute(name)
+        if vars(self).get("_structure") is not None and name in self.defaults:
+            raise AttributeError(
+                f"{name} is a value of the parameter groups: set param_groups[i][{name!r}]"
+            )
+
+    def _guard(self) -> Guard:
+        clips = tuple(name for name in BOUNDS if getattr(self, name) is not None)
+        measures = self.measure_gradients or SCALED in self._live
+        skips = self.skip_nonfinite or self.skip_spikes is not None
+        return Guard(clips, self.skip_nonfinite, self.skip_spikes, measures or skips or clips != ())
+
+    def _fit_guard(self) -> None:
+        """Allocates what the settings need, and frees what they do not."""
+        guard = self._guard()
+        if guard == self._fitted:
+            return
+        tree = guard.fitted(self._structure.unflatten(self._state))
+        self._state, self._structure = jax.tree.flatten(tree)
+        self._fitted = guard
+        vars(self).pop("_cache", None)
+
+    def set_live(self, live: frozenset[Any]) -> None:
+        """See `Stateful`."""
+        super().set_live(live)
+        self._fit_guard()
+
+    def _watch(self) -> GuardState | None:
+        return guard_only(self._structure.unflatten(self._state))
+
+    @property
+    def report(self) -> StepReport:
+        """What was seen in the last step, in arrays: nobody waits for the device.
+
+        Raises:
+          RuntimeError: if nothing was looked at: no bound, no skipping, no scaler, and not
+            ``measure_gradients``.
+        """
+        with self.lock:
+            state = self._watch()
+            if state is None:
+                raise RuntimeError(
+                    "the gradients are not measured; set measure_gradients=True on the optimizer"
+                )
+            return StepReport.of(state)
+
+    @property
+    def took_step(self) -> Any:
+        """Whether the last step was taken: True, or an array where steps may be left out."""
+        with self.lock:
+            if not self._guard().judges and SCALED not in self._live:
+                return True
+            state = self._watch()
+            return True if state is None else state.took_step
+
+    def check_skips(self, max_in_a_row: int = 10) -> None:
+        """Raises if too many steps in a row were not taken; waits for the last step.
+
+        Raises:
+          FloatingPointError: says how many, and what was seen.
+        """
+        if self.took_step is True:
+            return
+        report = self.report
+        if (n := int(report.skipped_in_a_row)) >= max_in_a_row:
+            raise FloatingPointError(
+                f"{n} steps in a row were not taken, {int(report.num_skipped_steps)} in all; the "
+                f"last gradients had the norm {float(report.gradient_norm)}"
+            )
+
+    def _increment(self, name: str) -> Array:
+        place = self._catalogue().of[name].get("step")
+        if place is None or place.row is None:
+            raise RuntimeError(f"{type(self).__name__} does not count steps of its own")
+        count = self._state[place.leaf]
+        new = saturating_increment(count[place.row])
+        self._state[place.leaf] = count.at[place.row].set(new)
+        self._same = None
+        return new
+
+    # --- state dicts -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Optimizer.state_dict`.
+
+        The states of wrappers are under ``"around"``, by path; what was measured and skipped is
+        under ``"guard"``, which is taken over as far as both sides have it.
+        """
+        with self.lock:
+            result = super().state_dict()
+            guard = entries.read(self._state, self._catalogue().guard, {})
+            more = {"around": self._shared(), "guard": guard}
+            return {**result, **{k: v for k, v in more.items() if v}}
+
+    def _load_shared(self, state_dict: Mapping[str, Any]) -> None:
+        ours = entries.read(self._state, self._catalogue().guard, {})
+        guard = load_known(state_dict.get("guard"), ours)
+        self._set_shared(load_shared(state_dict.get("around"), self._shared()) | guard)
+
+    def _import_group(self, group: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+        return torch_format.import_group(self._dialect(), group, self.defaults, ours)
+
+    def _import_state(self, entry: Any, group: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
+        if entry is None:
+            return None
+        entry = torch_format.import_state(self._dialect(), entry, group)
+        if not self._stores_step(group) and "step" in ours:
+            entry.setdefault("step", ours["step"])
+        return entry
+
+    def _dialect(self) -> torch_format.Dialect:
+        return torch_format.dialect_of(self.maker.factory)
+
+    def torch_state_dict(self, param_names: Sequence[str] | None = None) -> dict[str, Any]:
+        """The state dict for torch.optim's optimizer of the same name, with torch tensors.
+
+        ``torch_optimizer.load_state_dict(opt.torch_state_dict(names))`` continues the run there,
+        if its parameters hold the same values.
+
+        Args:
+          param_names: our names in the order in which torch has its parameters, group after
+            group; torch assigns states by position. By default our own order, which for dicts
+            is sorted.
+
+        Raises:
+          ImportError: if torch is not installed.
+          ValueError: if ``param_names`` are not the names of all parameters, group after group,
+            or a group's value is a schedule, which torch has not.
+        """
+        with self.lock:
+            names = self._grouped_names() if param_names is None else list(param_names)
+            return torch_format.to_torch_state_dict(
+                self._dialect(), self.param_groups, self._full_entries(), names
+            )
+
+    # --- the parts that change, for jit and trace ------------------------------------------------
+
+    def hints(self) -> Any:
+        """See `Stateful`: which parameters are known to have equal clocks."""
+        return self._same
+
+    def take_hints(self, hints: Any) -> None:
+        """See `Stateful`."""
+        self._same, self._was_stepped = hints, True
+
+    def restore(self, arrays: list[Any], numbers: list[Any], refs: list[Any] | None = None) -> None:
+        """See `Stateful`."""
+        super().restore(arrays, numbers, refs)
+        self._checked = [self._hyper(group) for group in self.param_groups]
+
+    def skeleton(self) -> Any:
+        """See `Stateful`."""
+        twin = super().skeleton()
+        twin._same = None
+        return twin
+
+    def _array_lists(self) -> list[list[Any]]:
+        return [*self._trees, self._state]
+
+    def _state_names(self) -> list[str]:
+        names = [""] * len(self._state)
+        catalogue = self._catalogue()
+        for name, places in catalogue.of.items():
+            for key, place in places.items():
+                names[place.leaf] = f"{name}.{key}" if place.row is None else key
+        for path, place in catalogue.shared.items():
+            names[place.leaf] = path
+        for path, place in catalogue.guard.items():
+            names[place.leaf] = f"guard.{path}"
+        return names
+
+    def _hashables(self) -> tuple[Any, ...]:
+        _, defaults = numbers.split(self.defaults, _is_any_number)
+        return (self._names, self._structure, self._groups, defaults)
+
+    def constants(self) -> list[Any]:
+        """See `Stateful`: the defaults, which only new groups take."""
+        return numbers.split(self.defaults, _is_any_number)[0]
+
+    def set_constants(self, constants: list[Any]) -> None:
+        """See `Stateful`."""
+        self.defaults = numbers.join(constants, numbers.split(self.defaults, _is_any_number)[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_state"] = self._structure.unflatten(self._state)
+        del state["_structure"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        leaves, structure = jax.tree.flatten(state["_state"])
+        super().__setstate__({**state, "_state": leaves, "_structure": structure})
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+
+def _is_any_number(key: str, value: Any) -> bool:
+    return is_number(value) or isinstance(value, Slot)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a leaf; a map over an optimizer may have put anything in its place."""
+    return jax.ShapeDtypeStruct(getattr(x, "shape", ()), getattr(x, "dtype", jnp.float32))
