@@ -3,6 +3,15 @@
 from importlib.metadata import version as _version
 
 from cerebras_jax import optim, schedules, sparse
+from cerebras_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    DamagedError,
+    fingerprint,
+    inspect,
+    restore,
+    save,
+)
 from cerebras_jax.engine.xla_cpu import enable_multi_output_fusion
 from cerebras_jax.recipe import Recipe, load_recipe
 from cerebras_jax.stateful import Stateful

@@ -108,7 +108,7 @@ class Recipe:
         """
         groups = self.param_groups(params)
         pure = _pure_form(self.optimizer_class)
-        parts = [pure(**values) for values in self._values_of(groups)]
+        parts = [self._made(pure, values) for values in self._values_of(groups)]
         update = grouped(parts, [group["params"] for group in groups])
         if self.skip_nonfinite or self.skip_spikes is not None or self.loss_scaling is not None:
             bounds = self.max_gradient_norm, self.max_gradient_value
@@ -121,6 +121,14 @@ class Recipe:
     def scaler(self) -> GradScaler | None:
         """A new scaler for ``opt.step(..., scaler=)``; None if the loss is not scaled."""
         return None if self.loss_scaling is None else GradScaler.of(self.loss_scaling)
+
+    def _made(self, pure: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+        """The pair of a group; a schedule that is refused is named by its place."""
+        try:
+            return pure(**values)
+        except (TypeError, ValueError) as error:
+            places = ", ".join(config.where for config in self.schedulers)
+            raise type(error)(f"{places}: {error}" if places else str(error)) from None
 
     def _values_of(self, groups: ParamGroups) -> list[dict[str, Any]]:
         """The hyper-parameters of each group, schedules in place of what they drive."""

@@ -7,6 +7,7 @@ stand on; they know no class.
 import copy
 import dataclasses
 import functools
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -361,21 +362,26 @@ def _flatten(obj: Stateful) -> tuple[tuple, _Aux]:
         graphdef, modules = nnx.split([r for r in refs if is_nnx(r)])
         others = [r for r in refs if not is_nnx(r)]
         places = tuple(map(is_nnx, refs))
-        key = (static, graphdef, places, len(arrays))
+        numbers = [*numbers, *obj.constants()]
+        # Without those that are empty: a map may take an empty container for a leaf.
+        present = (bool(numbers), bool(others), any(places))
+        key = (static, graphdef, places, present, len(arrays))
         aux = _Aux(key, tuple(obj.array_names()), obj.skeleton())
-    return (*arrays, [*numbers, *obj.constants()], others, modules), aux
+    return (*arrays, *itertools.compress((numbers, others, modules), present)), aux
 
 
 def _flatten_with_keys(obj: Stateful) -> tuple[tuple, _Aux]:
     children, aux = _flatten(obj)
-    keys = [jax.tree_util.DictKey(name) for name in aux.names]
-    keys += [jax.tree_util.GetAttrKey(name) for name in ("numbers", "refs", "modules")]
+    _, _, _, present, _ = aux.key
+    names = [*aux.names, *itertools.compress(("numbers", "refs", "modules"), present)]
+    keys = [jax.tree_util.DictKey(name) for name in names]
     return tuple(zip(keys, children, strict=True)), aux
 
 
 def _unflatten(aux: _Aux, children: tuple) -> Any:
-    *arrays, numbers, others, state = children
-    _, graphdef, places, _ = aux.key
+    _, graphdef, places, present, n = aux.key
+    arrays, rest = children[:n], iter(children[n:])
+    numbers, others, state = (next(rest) if is_there else [] for is_there in present)
     modules, others = iter(nnx.merge(graphdef, state) if any(places) else ()), iter(others)
     refs = [next(modules) if is_module else next(others) for is_module in places]
     twin = aux.skeleton.skeleton()

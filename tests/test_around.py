@@ -117,7 +117,8 @@ def test_groups_and_schedulers_of_a_factory():
     check_equal(opt.params["a"], 1 - 0.25 * GRADS[0]["a"])
     sched = lr_scheduler.LinearLR(opt, 1.0, 0.0, 4)
     opt.step(GRADS[1])
-    sched.step()
+    with pytest.warns(UserWarning, match="writes one learning_rate into all groups"):
+        sched.step()
     assert [g["learning_rate"] for g in opt.param_groups] == [0.75, 0.75]
 
 

@@ -79,7 +79,9 @@ def test_nothing_is_copied(entry, program):
 
 ONE_LOOP = {
     program_of_class: [
-        e for e in OPTIMIZERS if e.name not in ("lamb", "rprop", "adafactor", "soap", "ademamix")
+        e
+        for e in OPTIMIZERS
+        if e.name not in ("lamb", "rprop", "adafactor", "soap", "ademamix", "muon")
     ],
     program_of_pure: [
         Entry("adam", {}),

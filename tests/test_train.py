@@ -283,6 +283,7 @@ def test_every_result_is_written_whatever_becomes_of_the_others(
     assert f"Error: {told} was not complete: no [/x] luck" in result.stderr
     assert "3 steps in" in result.output
     names = {"config.yaml", "metrics.jsonl", "training.png", "sample.txt", "weights.npz"}
+    names |= {"checkpoints"}
     assert {p.name for p in out.iterdir()} == names - {missing}
     assert sum("loss" in r for r in read_metrics(out)) == 3
 
@@ -311,6 +312,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, text, monkeypatch, va
         "metrics.jsonl",
         "training.png",
         "weights.npz",
+        "checkpoints",
     }
 
 

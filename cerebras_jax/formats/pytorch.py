@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cerebras_jax.formats.state_dict import Entry, Group, plain_value, with_functions
+from cerebras_jax.formats.state_dict import Entry, Group, plain_value, to_numpy, with_functions
 
 # How torch executes a step; says nothing about what is computed.
 EXECUTION_FLAGS = {"foreach", "fused", "capturable", "differentiable"}
@@ -275,6 +275,6 @@ def to_torch(x: Any) -> Any:
     import torch  # pyright: ignore[reportMissingImports]
 
     is_bfloat16 = jnp.result_type(x) == jnp.bfloat16
-    array = np.array(x, np.float32 if is_bfloat16 else None)
+    array = np.array(to_numpy(x), np.float32 if is_bfloat16 else None)
     tensor = torch.from_numpy(array) if array.ndim else torch.tensor(array.item())
     return tensor.bfloat16() if is_bfloat16 else tensor

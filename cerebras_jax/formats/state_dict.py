@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from cerebras_jax.checks import is_traced
+from cerebras_jax.checks import is_number, is_traced
 from cerebras_jax.messages import shown
 from cerebras_jax.schedules import Schedule
 
@@ -32,7 +33,7 @@ def to_state_dict(groups: Sequence[Group], entries: Mapping[str, Entry]) -> dict
     number = {name: i for i, name in enumerate(order)}
     saved = [
         {
-            **{k: plain_value(v) for k, v in group.items() if k != "params"},
+            **{k: _storable(v) for k, v in group.items() if k != "params"},
             "params": [number[name] for name in group["params"]],
             "param_names": list(group["params"]),
         }
@@ -211,7 +212,7 @@ def _load_one(key: str, name: str, value: Any, like: Any) -> Any:
     if value is None:  # torch's momentum_buffer before the first step
         return jnp.zeros_like(like)
     try:
-        array = to_numpy(value)
+        array = value if isinstance(value, jax.Array) else to_numpy(value)
     except (TypeError, ValueError):  # such as lists of unequal lengths
         array = np.array(None)
     if array.dtype == object or not (
@@ -227,9 +228,15 @@ def _load_one(key: str, name: str, value: Any, like: Any) -> Any:
         raise TypeError(
             f"state {key!r} of parameter {name!r} is {array.dtype}, expected {like.dtype}"
         )
-    if isinstance(like, jax.Array):
+    return _placed(array, like) if isinstance(like, jax.Array) else np.array(array)
+
+
+def _placed(array: Any, like: jax.Array) -> jax.Array:
+    """A copy in the dtype and the sharding of ours; no device gets more than its part."""
+    if isinstance(array, jax.Array) or len(like.sharding.device_set) == 1:
         return jax.device_put(jnp.array(array, like.dtype, copy=True), like.sharding)
-    return np.array(array)
+    host = array.astype(like.dtype)
+    return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
 
 
 def load_shared(given: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,7 +270,16 @@ def to_numpy(x: Any) -> np.ndarray:
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = x.float() if str(x.dtype) == "torch.bfloat16" else x
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
+
+
+def _storable(value: Any) -> Any:
+    """A value that any file can hold: functions, such as schedules, as their repr."""
+    if isinstance(value, list | tuple):
+        return tuple(_storable(v) for v in value)
+    return repr(value) if callable(value) else plain_value(value)
 
 
 def plain_value(value: Any) -> Any:
@@ -278,7 +294,13 @@ def plain_value(value: Any) -> Any:
 
 
 def with_functions(value: Any, ours: Any) -> Any:
-    """A loaded value, with our functions where it has None; see `plain_value`."""
+    """A loaded value, with ours where a function was saved: None or its repr stand for it."""
+    if isinstance(value, str) and (callable(ours) or is_number(ours)):
+        if value != repr(ours):
+            warnings.warn(
+                f"{value} was saved, which only a program can hold; {ours!r} is kept", stacklevel=6
+            )
+        return ours
     if isinstance(value, list | tuple) and isinstance(ours, list | tuple):
         if len(value) == len(ours):
             return type(ours)(with_functions(v, o) for v, o in zip(value, ours, strict=True))

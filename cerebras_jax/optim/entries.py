@@ -41,6 +41,22 @@ class Catalogue(NamedTuple):
     guard: dict[str, Place]
 
 
+class NamedState(NamedTuple):
+    """All that continuing needs beside the parameters and their groups, by name.
+
+    Attributes:
+      states: per parameter name, arrays by state name.
+      clocks: per clock name, such as ``step``, a number by parameter name.
+      shared: what belongs to no parameter, by path: the states of wrappers.
+      guard: what watches over the steps, by name; see `guarding`.
+    """
+
+    states: dict[str, dict[str, Any]]
+    clocks: dict[str, dict[str, Any]]
+    shared: dict[str, Any]
+    guard: Mapping[str, Any] = MappingProxyType({})
+
+
 Owners = Callable[[int, Any, Any], list[str | None]]
 """For a group, its state and a tree of names like its parameters: which leaf is whose."""
 
@@ -147,6 +163,22 @@ def read(
       host: vectors that were already brought to the host, by leaf; it is added to.
     """
     return {key: _value(leaves, place, host) for key, place in places.items()}
+
+
+def named(leaves: Sequence[Array], catalogue: Catalogue) -> NamedState:
+    """The state by name, with clocks as they are, unrounded."""
+    host: dict[int, Any] = {}
+    states: dict[str, dict[str, Any]] = {name: {} for name in catalogue.of}
+    clocks: dict[str, dict[str, Any]] = {}
+    for name, places in catalogue.of.items():
+        for key, (leaf, row) in places.items():
+            if row is None:
+                states[name][key] = leaves[leaf]
+                continue
+            if leaf not in host:
+                host[leaf] = np.asarray(leaves[leaf])
+            clocks.setdefault(key, {})[name] = host[leaf][row]
+    return NamedState(states, clocks, read(leaves, catalogue.shared, host))
 
 
 class StateView(Mapping[str, Mapping[str, Any]]):

@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, ParamSpec
 
 import jax.numpy as jnp
@@ -13,13 +13,17 @@ from cerebras_jax.formats.state_dict import (
     check_keys,
     load_array,
     match_parameters,
+    plain_value,
     to_state_dict,
+    with_functions,
 )
 from cerebras_jax.optim import display
+from cerebras_jax.optim.entries import NamedState
 from cerebras_jax.optim.guarding import BOUNDS
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.owner import Owner
 from cerebras_jax.optim.sources import ModuleSource, is_closure, value_and_grad
+from cerebras_jax.stateful import Fill, freeze
 from cerebras_jax.transforms import clipping
 from cerebras_jax.types import Array
 
@@ -230,6 +234,50 @@ class Optimizer(Owner, ABC):
     def _set_entries(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
         self._state = {n: dict(e) for n, e in entries.items()}
 
+    def named_state(self) -> NamedState:
+        """All that continuing needs beside parameters and groups, by name; for `take_over`."""
+        with self.lock:
+            found: list[Any] = []
+            freeze(self._rest(), found, [])
+            shared = {f"attributes.{i}": x for i, x in enumerate(found)}
+            return NamedState(self._entries(), {}, shared)
+
+    def take_over(
+        self,
+        params: Mapping[str, Array],
+        state: NamedState,
+        groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Replaces parameters, state and the groups' values; all or, on an error, nothing.
+
+        Args:
+          params: values by parameter name.
+          state: as `named_state` returned it.
+          groups: values of every group, without its parameters.
+
+        Raises:
+          ValueError: if a value is out of range, or needs a state that there is not.
+        """
+        with self.lock:
+            loaded = [
+                {**values, "params": list(mine["params"])}
+                for mine, values in zip(self.param_groups, groups, strict=True)
+            ]
+            for mine, group in zip(self.param_groups, loaded, strict=True):
+                check_keys(group, self.defaults)
+                self._check_loaded_group(mine, group)
+            for name, value in params.items():
+                self.set_parameter(name, value)
+            for mine, group in zip(self.param_groups, loaded, strict=True):
+                mine.clear()
+                mine.update(group)
+            self._set_named_state(state)
+            self._was_stepped = True
+
+    def _set_named_state(self, state: NamedState) -> None:
+        self._set_entries(state.states)
+        self._refill(Fill(iter(state.shared.values()), None))
+
     # --- state_dict --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -239,10 +287,13 @@ class Optimizer(Owner, ABC):
           a dict like ``{"state": {0: {"exp_avg": ...}, ...}, "param_groups": [{"lr": ...,
           "params": [0, ...], "param_names": ["dense.bias", ...]}, ...]}``; parameters are
           numbered in the order of the groups. A function among the group values, such as a
-          schedule, is stored as None, and is kept on loading.
+          schedule, is stored by its repr; on loading, one's own is kept. The bounds of the
+          gradients that are set stand beside the groups.
         """
         with self.lock:
-            return to_state_dict(self.param_groups, self._entries())
+            given = {name: getattr(self, name) for name in BOUNDS}
+            bounds = {name: plain_value(x) for name, x in given.items() if x is not None}
+            return {**to_state_dict(self.param_groups, self._entries()), **bounds}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over state and group values; all or, on an error, nothing.
@@ -250,7 +301,7 @@ class Optimizer(Owner, ABC):
         Parameters are matched by name where the dict has ``param_names`` that are all ours,
         else by position. Arrays may be JAX, NumPy or torch tensors; they are copied, in the
         dtype of the state that they replace. A key that a group lacks takes the optimizer's
-        default.
+        default; bounds of the gradients that the dict lacks stay.
 
         Raises:
           ValueError: names what is missing, unexpected, of another shape, or out of range.
@@ -270,7 +321,10 @@ class Optimizer(Owner, ABC):
                     for name in group["params"]:
                         loaded = self._import_state(match.entries.get(name), group, ours[name])
                         entries[name] = load_array(name, loaded, ours[name])
+            bounds = [state_dict.get(name, getattr(self, name)) for name in BOUNDS]
+            clipping.check_bounds(*bounds)
             self._load_shared(state_dict)
+            self.max_gradient_norm, self.max_gradient_value = bounds
             for mine, group in zip(self.param_groups, groups, strict=True):
                 mine.clear()
                 mine.update(group)
@@ -281,7 +335,8 @@ class Optimizer(Owner, ABC):
         self._check_group(loaded)
 
     def _import_group(self, group: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        values = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        return {k: with_functions(v, ours.get(k)) for k, v in values.items()}
 
     def _import_state(self, entry: Any, group: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
         return entry

@@ -11,12 +11,12 @@ from cerebras_jax.engine import rounding
 from cerebras_jax.engine.hyper import normalize, saturating_increment
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_known, load_shared
-from cerebras_jax.optim import entries, numbers
-from cerebras_jax.optim.entries import Catalogue, StateView
+from cerebras_jax.optim import clocks, entries, numbers
+from cerebras_jax.optim.entries import Catalogue, NamedState, StateView
 from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, Guard, StepReport, guard_only
 from cerebras_jax.optim.makers import Maker, RuleMaker
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.stateful import Slot
+from cerebras_jax.stateful import Fill, Slot
 from cerebras_jax.transforms.finite import GuardState
 from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.types import Array
@@ -268,6 +268,26 @@ class PairOptimizer(Optimizer):
                 f"last gradients had the norm {float(report.gradient_norm)}"
             )
 
+    def named_state(self) -> NamedState:
+        """See `Optimizer.named_state`."""
+        with self.lock:
+            self._regroup()
+            found = entries.named(self._state, self._catalogue())
+            guard = entries.read(self._state, self._catalogue().guard, {})
+            return found._replace(shared=found.shared | super().named_state().shared, guard=guard)
+
+    def _set_named_state(self, state: NamedState) -> None:
+        known = self._catalogue()
+        scalars = {
+            name: {key: named[name] for key, named in state.clocks.items() if name in named}
+            for name in known.of
+        }
+        self._set_entries({n: state.states.get(n, {}) | scalars[n] for n in known.of})
+        shared = {k: v for k, v in state.shared.items() if k in known.shared}
+        self._set_shared({**shared, **state.guard})
+        attributes = [v for k, v in state.shared.items() if k not in known.shared]
+        self._refill(Fill(iter(attributes), None))
+
     def _increment(self, name: str) -> Array:
         place = self._catalogue().of[name].get("step")
         if place is None or place.row is None:
@@ -337,6 +357,8 @@ class PairOptimizer(Optimizer):
 
     def hints(self) -> Any:
         """See `Stateful`: which parameters are known to have equal clocks."""
+        if self._same is None:  # after loading: a resumed run has the program of the one before
+            self._same = clocks.known(self._members(), self._catalogue().of, self._state)
         return self._same
 
     def take_hints(self, hints: Any) -> None:
@@ -401,4 +423,5 @@ def _is_any_number(key: str, value: Any) -> bool:
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
     """The shape of a leaf; a map over an optimizer may have put anything in its place."""
-    return jax.ShapeDtypeStruct(getattr(x, "shape", ()), getattr(x, "dtype", jnp.float32))
+    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+    return jax.ShapeDtypeStruct(shape or (), jnp.float32 if dtype is None else dtype)

@@ -4,19 +4,24 @@ import contextlib
 import importlib.resources
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
 
+from cerebras_jax.checkpoint import Checkpoints, inspect
+from cerebras_jax.messages import shown
 from cerebras_jax.recipe import Recipe, load_recipe
 from cerebras_jax.train import data, folder, report
 from cerebras_jax.train.answers import EXPECTED, one_line, told
 from cerebras_jax.train.convert_cli import convert_command
 from cerebras_jax.train.run import RANGES, Run, TrainSettings, train
 from cerebras_jax.yaml_config import read_config
+
+# What of the section ``train`` may be another when a run is resumed.
+_MAY_DIFFER = ("steps", "eval_every", "save_every", "keep")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,24 +73,38 @@ def _train_option(name: str, what: str) -> Any:
     help="Run folder, new or empty.  [default: runs/TIME]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out.")
+@_train_option("save_every", "Steps from checkpoint to checkpoint; 0: none.  [default: 500]")
+@_train_option("keep", "How many of the latest checkpoints to keep.  [default: 2]")
+@click.option(
+    "--resume",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Go on with the run in this folder from its latest checkpoint.",
+)
 def train_command(
-    config: Path | None, data: Path | None, out: Path | None, overwrite: bool, **options: Any
+    config: Path | None,
+    data: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    resume: Path | None,
+    **options: Any,
 ) -> None:
     """Train a small byte-level GPT with the optimizer of CONFIG.yaml.
 
     CONFIG is a Model Zoo configuration: its section `optimizer` says what to train with; a
     section `train` may set steps, batch_size, context, layers, width, heads, eval_every, seed.
     Without one, AdamW with warm-up and cosine decay trains on the source code of Python's
-    standard library. The run folder gets config.yaml, metrics.jsonl, training.png, sample.txt
-    and weights.npz.
+    standard library. The run folder gets config.yaml, metrics.jsonl, training.png, sample.txt,
+    weights.npz and checkpoints.
+
+    A run that was interrupted or killed goes on with --resume RUN, and the same --data, as if it
+    had not been; --steps may be more than before.
     """
     console = report.plain_console()
     with told():
-        if out is not None:
-            folder.check_folder(out, overwrite)
-        run, resolved = _load(config, data, options)
-        run_folder = folder.make_folder(out, overwrite, resolved)
-    result = train(run, run_folder, console)
+        run, run_folder, checkpoints, start = _begin(config, data, out, overwrite, resume, options)
+    if resume is not None:
+        console.print(f"resumed after {start} steps")
+    result = train(run, run_folder, console, checkpoints, start)
     if result.steps:
         console.print(
             f"{'interrupted, ' if result.interrupted else ''}{result.steps} steps in "
@@ -102,6 +121,75 @@ def train_command(
         raise result.stopped
     if result.failures:
         raise SystemExit(1)
+
+
+def _begin(
+    config: Path | None,
+    text: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    resume: Path | None,
+    options: dict[str, Any],
+) -> tuple[Run, Path, Checkpoints | None, int]:
+    """A run, its folder, where it saves if it does, and how many steps it has taken."""
+    if resume is None:
+        if out is not None:
+            folder.check_folder(out, overwrite)
+        run, resolved = _load(config, text, options)
+        run_folder = folder.make_folder(out, overwrite, resolved)
+        return run, run_folder, _checkpoints(run, run_folder), 0
+    if out is not None or overwrite:
+        raise ValueError("--resume goes on in the run's own folder, without --out and --overwrite")
+    folder.check_run(resume)
+    stored = read_config(resume / folder.CONFIG)
+    run, resolved = _load(config or resume / folder.CONFIG, text, options)
+    _check_same(stored, resolved)
+    checkpoints = _checkpoints(run, resume)
+    start = _resume(run, resume, checkpoints)
+    folder.rewrite_config(resume, resolved)
+    return run, resume, checkpoints, start
+
+
+def _checkpoints(run: Run, run_folder: Path) -> Checkpoints | None:
+    every, keep = run.settings.save_every, run.settings.keep
+    return Checkpoints(run_folder / folder.CHECKPOINTS, every, keep) if every else None
+
+
+def _resume(run: Run, run_folder: Path, checkpoints: Checkpoints | None) -> int:
+    """Brings a run to its latest checkpoint, also one that will save no more."""
+    if checkpoints is not None:
+        return run.resume(checkpoints)
+    with Checkpoints(run_folder / folder.CHECKPOINTS) as found:
+        return run.resume(found)
+
+
+def _check_same(stored: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
+    """Refuses to resume a run with another configuration."""
+    ours, theirs = (
+        {**config, "train": {k: v for k, v in config["train"].items() if k not in _MAY_DIFFER}}
+        for config in (resolved, stored)
+    )
+    for key in dict.fromkeys([*theirs, *ours]):
+        if ours.get(key) != theirs.get(key):
+            raise ValueError(
+                f"--resume: {key} is {shown(ours.get(key))}, it was {shown(theirs.get(key))} when "
+                f"the run was begun; only {', '.join(_MAY_DIFFER)} may differ"
+            )
+
+
+@main.command("inspect")
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--verify", is_flag=True, help="Read everything, and compare the fingerprints.")
+def inspect_command(checkpoint: Path, verify: bool) -> None:
+    """Print what is in CHECKPOINT, or in the latest one of a run's folder."""
+    with told():
+        for path in (checkpoint / folder.CHECKPOINTS, checkpoint):
+            steps = [x for x in path.glob("*") if x.name.isdecimal()] if path.is_dir() else []
+            if steps:
+                checkpoint = max(steps, key=lambda x: int(x.name))
+                break
+        contents = str(inspect(checkpoint, verify=verify))
+    report.plain_console().print(report.printable(contents, keep="\n"))
 
 
 def _load(

@@ -1,6 +1,8 @@
 """Run folders: each belongs to one run, and nobody else's files are touched."""
 
 import contextlib
+import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,8 @@ METRICS = "metrics.jsonl"
 PICTURE = "training.png"
 SAMPLE = "sample.txt"
 WEIGHTS = "weights.npz"
-_FILES = (CONFIG, METRICS, PICTURE, SAMPLE, WEIGHTS)
+CHECKPOINTS = "checkpoints"
+_FILES = (CONFIG, METRICS, PICTURE, SAMPLE, WEIGHTS, CHECKPOINTS)
 
 # The first line of a run's config.yaml: by it a run's files are told from other people's.
 _MARK = "# A run of `cerebras-jax train`; this makes the same one."
@@ -30,8 +33,8 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(
-            f"--out {folder} holds files already; give another folder, or --overwrite to replace "
-            "an earlier run"
+            f"--out {folder} holds files already; give another folder, --overwrite to replace an "
+            "earlier run, or --resume to go on with it"
         )
     if not _is_run(folder):
         foreign = [name for name in _FILES if (folder / name).exists()]
@@ -53,7 +56,6 @@ def make_folder(folder: Path | None, overwrite: bool, config: dict[str, Any]) ->
     Raises:
       FileExistsError: as `check_folder`, also if another run takes the folder meanwhile.
     """
-    text = yaml.safe_dump(config, sort_keys=False)
     if folder is None:
         folder = _fresh_folder(Path("runs"), time.strftime("%Y%m%d-%H%M%S"))
     else:
@@ -62,8 +64,46 @@ def make_folder(folder: Path | None, overwrite: bool, config: dict[str, Any]) ->
         if overwrite and _is_run(folder):
             _remove_files(folder)
     with (folder / CONFIG).open("x", encoding="utf-8") as file:  # whoever creates it has the folder
-        file.write(f"{_MARK}\n{text}")
+        file.write(_config_text(config))
     return folder
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    return f"{_MARK}\n{yaml.safe_dump(config, sort_keys=False)}"
+
+
+def check_run(folder: Path) -> None:
+    """Refuses a folder that is not that of an earlier run.
+
+    Raises:
+      FileNotFoundError: says so.
+    """
+    if not _is_run(folder):
+        raise FileNotFoundError(f"--resume {folder}: there is no run in this folder")
+
+
+def rewrite_config(folder: Path, config: dict[str, Any]) -> None:
+    """Replaces a run's config.yaml, such as by one with more steps."""
+    _replace(folder / CONFIG, _config_text(config))
+
+
+def cut_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Takes back what metrics.jsonl says of ``step`` and later ones; returns what is left."""
+    path = folder / METRICS
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    records = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill has cut off
+            records.append(json.loads(line))
+    records = [record for record in records if record["step"] < step]
+    _replace(path, "".join(f"{json.dumps(record)}\n" for record in records))
+    return records
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(path)
 
 
 def discard(folder: Path) -> None:
@@ -98,7 +138,10 @@ def attempt(writers: dict[str, Callable[[], None]]) -> dict[str, Exception]:
 
 def _remove_files(folder: Path) -> None:
     for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
+        if name == CHECKPOINTS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _is_run(folder: Path) -> bool:

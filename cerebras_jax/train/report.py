@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cerebras_jax.schedules import span
-from cerebras_jax.train.folder import METRICS
+from cerebras_jax.train.folder import METRICS, cut_metrics
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -33,14 +33,21 @@ def plain_console() -> Console:
 
 
 class Reporter:
-    """A progress bar in a terminal, plain lines elsewhere, and ``metrics.jsonl`` always."""
+    """A progress bar in a terminal, plain lines elsewhere, and ``metrics.jsonl`` always.
 
-    def __init__(self, folder: Path, steps: int, console: Console):
+    Args:
+      folder: of the run.
+      steps: how many there will be.
+      console: to show progress on.
+      start: the step that a resumed run goes on with; what was written of it before is replaced.
+    """
+
+    def __init__(self, folder: Path, steps: int, console: Console, start: int = 0):
         self.console = console
         self.steps = steps
-        self.steps_done = 0
-        self.records: list[dict[str, Any]] = []
-        self.file = (folder / METRICS).open("w", encoding="utf-8")
+        self.steps_done = start
+        self.records: list[dict[str, Any]] = cut_metrics(folder, start)
+        self.file = (folder / METRICS).open("a", encoding="utf-8")
         self.progress = None
         if console.is_terminal:
             columns = [
@@ -51,7 +58,8 @@ class Reporter:
             ]
             self.progress = Progress(*columns, console=console, transient=True)
             self.task = self.progress.add_task("compiling", total=steps)
-        self.start = time.perf_counter()
+        before = self.records[-1]["seconds"] if self.records else 0.0
+        self.start = time.perf_counter() - before
 
     def __enter__(self) -> "Reporter":
         if self.progress:

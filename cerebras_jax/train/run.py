@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import signal
 import threading
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
+from cerebras_jax.checkpoint import Checkpoints
 from cerebras_jax.messages import shown
 from cerebras_jax.optim import Optimizer
 from cerebras_jax.optim.scheduler import Scheduler
@@ -37,12 +39,17 @@ RANGES = {
     "heads": (1, 2**14),
     "eval_every": (1, 2**31 - 1),
     "seed": (0, 2**32 - 1),
+    "save_every": (0, 2**31 - 1),
+    "keep": (1, 2**31 - 1),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """Everything about a run that is not the optimizer: the section ``train`` of a config."""
+    """Everything about a run that is not the optimizer: the section ``train`` of a config.
+
+    A checkpoint is written every ``save_every`` steps and at the end; with 0, never.
+    """
 
     steps: int = 500
     batch_size: int = 16
@@ -52,6 +59,8 @@ class TrainSettings:
     heads: int = 4
     eval_every: int = 100
     seed: int = 0
+    save_every: int = 500
+    keep: int = 2
 
     def __post_init__(self) -> None:
         for name, (least, most) in RANGES.items():
@@ -178,6 +187,25 @@ class Run:
         """The parameters by their dotted names."""
         return dict(self.opt.named_parameters())
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        text = hashlib.sha256(self.text.train.tobytes()).hexdigest()
+        return {"opt": self.opt, "schedulers": self.schedulers, "text": text}
+
+    def resume(self, checkpoints: Checkpoints) -> int:
+        """Goes back to the latest checkpoint; the number of steps that it had taken.
+
+        Raises:
+          ValueError: if the run was made with another text.
+        """
+        mine = self.state()
+        found = checkpoints.restore(**mine)
+        if found is None:
+            return 0
+        if found["text"] != mine["text"]:
+            raise ValueError("the run was trained on another text; give the same --data")
+        return found.step or 0
+
     def sample(self) -> str:
         """Text that the model writes."""
         key = jax.random.key(self.settings.seed)
@@ -185,7 +213,7 @@ class Run:
 
 
 class Interrupts:
-    """Counts Ctrl-C instead of raising it, so that a run stops between two steps.
+    """Counts Ctrl-C and SIGTERM instead of ending, so that a run stops between two steps.
 
     The second one does raise, in case the first is not noticed, until `held` is set.
     """
@@ -200,24 +228,37 @@ class Interrupts:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Receives the signal meanwhile, unless it is ignored, as in a background job."""
-        previous = signal.getsignal(signal.SIGINT)
+        """Receives the signals meanwhile, unless they are ignored, as in a background job."""
         is_main = threading.current_thread() is threading.main_thread()
-        if not is_main or previous in (None, signal.SIG_IGN):
-            yield
-            return
-        signal.signal(signal.SIGINT, self)
+        previous = {
+            number: handler
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if (handler := signal.getsignal(number)) not in (None, signal.SIG_IGN) and is_main
+        }
+        for number in previous:
+            signal.signal(number, self)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
-def train(run: Run, folder: Path, console: Console) -> Result:
+def train(
+    run: Run,
+    folder: Path,
+    console: Console,
+    checkpoints: Checkpoints | None = None,
+    start: int = 0,
+) -> Result:
     """Trains, and writes metrics, weights, picture and sample into ``folder``.
 
     Whatever ends the run, and whichever of the files cannot be written, the others are; only a
     run that ends before its first step leaves nothing.
+
+    Args:
+      checkpoints: where to save, if at all.
+      start: how many steps were taken already.
     """
     settings = run.settings
     console.print(
@@ -228,20 +269,28 @@ def train(run: Run, folder: Path, console: Console) -> Result:
     interrupts = Interrupts()
     stopped: BaseException | None = None
     failures: dict[str, Exception] = {}
-    with interrupts.handled(), report.Reporter(folder, settings.steps, console) as reporter:
+    with interrupts.handled(), report.Reporter(folder, settings.steps, console, start) as reporter:
         try:
-            _loop(run, reporter, interrupts)
+            _loop(run, reporter, interrupts, checkpoints, start)
         except BaseException as error:
             stopped = error
         interrupts.held = True  # what was reached is kept, even if Ctrl-C comes again
         if reporter.steps_done or stopped is None:
-            failures = _write_results(run, reporter, folder, interrupts, stopped)
+            failures = _write_results(run, reporter, folder, interrupts, stopped, checkpoints)
     if stopped is not None and not reporter.steps_done:
+        if checkpoints is not None:
+            checkpoints.close()
         run_folder.discard(folder)
     return _result(reporter.records, interrupts.count > 0, stopped, failures)
 
 
-def _loop(run: Run, reporter: report.Reporter, interrupts: Interrupts) -> None:
+def _loop(
+    run: Run,
+    reporter: report.Reporter,
+    interrupts: Interrupts,
+    checkpoints: Checkpoints | None,
+    start: int,
+) -> None:
     settings = run.settings
     tokens_per_step = settings.batch_size * settings.context
 
@@ -263,7 +312,7 @@ def _loop(run: Run, reporter: report.Reporter, interrupts: Interrupts) -> None:
 
     with LateLosses(report_loss) as losses:
         try:
-            for step in range(settings.steps):
+            for step in range(start, settings.steps):
                 if interrupts.count:
                     break
                 if step % settings.eval_every == 0:
@@ -272,6 +321,9 @@ def _loop(run: Run, reporter: report.Reporter, interrupts: Interrupts) -> None:
                 tokens = run.batch(step)
                 started = time.perf_counter()
                 losses.put(step, started, run.step(tokens))
+                if checkpoints is not None and (step + 1) % settings.save_every == 0:
+                    losses.flush()  # what is saved is finite, and its metrics are written
+                    checkpoints.save(step + 1, **run.state())
         except KeyboardInterrupt:
             interrupts.count += 1
 
@@ -282,6 +334,7 @@ def _write_results(
     folder: Path,
     interrupts: Interrupts,
     stopped: BaseException | None,
+    checkpoints: Checkpoints | None,
 ) -> dict[str, Exception]:
     """Writes what a run leaves behind; what could not be written, by name."""
     console, step = reporter.console, reporter.steps_done
@@ -308,6 +361,16 @@ def _write_results(
         ),
         run_folder.SAMPLE: write_sample,
     }
+
+    def save() -> None:
+        assert checkpoints is not None
+        # A second Ctrl-C may have come in a step; then its number is not known for certain.
+        if stopped is None and interrupts.count < 2:
+            checkpoints.save(step, force=True, **run.state())
+        checkpoints.close()
+
+    if checkpoints is not None:
+        writers[run_folder.CHECKPOINTS] = save
     if isinstance(stopped, FloatingPointError):  # the weights are NaN by now
         del writers[run_folder.METRICS], writers[run_folder.SAMPLE]
     return run_folder.attempt(writers)

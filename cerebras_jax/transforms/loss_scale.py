@@ -193,8 +193,13 @@ class GradScaler(Stateful):
       max_gradient_norm: the bound that a step with this scaler clips gradients to, or None.
 
     Args:
-      loss_scale, init_scale, steps_per_increase, min_loss_scale, max_loss_scale,
-        overflow_tolerance: see `LossScaling`.
+      loss_scale: a number > 0, ``"dynamic"``, or None, which is 1; see `LossScaling`, also for
+        what follows.
+      init_scale: the first dynamic scale.
+      steps_per_increase: the clean steps after which it doubles.
+      min_loss_scale: its lower bound.
+      max_loss_scale: its upper bound.
+      overflow_tolerance: the part of the steps that may overflow.
       max_gradient_norm: clip the unscaled gradients to this global norm, > 0; None: do not.
 
     Raises:

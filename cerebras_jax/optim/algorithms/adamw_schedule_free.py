@@ -211,6 +211,11 @@ class AdamWScheduleFree(Optimizer.of(adamw_schedule_free, enable_global_step=Tru
         self._check_training("load_state_dict")
         super().load_state_dict(state_dict)
 
+    def named_state(self) -> Any:
+        """See `Optimizer.named_state`; a RuntimeError in eval mode."""
+        self._check_training("named_state, for a checkpoint,")
+        return super().named_state()
+
     def _check_training(self, what: str) -> None:
         if self._training is not None:
             raise RuntimeError(f"{what} was called in eval mode; call train() first")

@@ -1,0 +1,133 @@
+"""Trees by name: the state of every rule in them in one layout, the rest by path."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cerebras_jax.checkpoint.leaves import ANY, CheckpointError, Leaves, Place
+from cerebras_jax.engine.leaf import fields
+from cerebras_jax.engine.lift import RuleState
+from cerebras_jax.engine.trees import path_name
+
+
+class Clock(NamedTuple):
+    """The place of a clock, and whose it is."""
+
+    folder: str
+    names: tuple[str, ...]
+
+
+def places(tree: Any) -> list[Place | Clock]:
+    """Where each leaf of a tree stands in a checkpoint.
+
+    Wherever a `RuleState` is nested, its states are at ``state/KEY/PARAMETER`` and its clocks at
+    ``clock/KEY``, as those of the class form. Other leaves have the path in the tree.
+    """
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_rule)
+    has_rules = any(_is_rule(node) for _, node in nodes)
+    found: list[Place | Clock] = []
+    for path, node in nodes:
+        if _is_rule(node):
+            i, taken = 0, _taken(found)
+            while taken & _taken(mine := _rule_places(node, f"{i or ''}")):
+                i += 1
+            found += mine
+        elif has_rules:  # parts of a training state, such as params
+            found.append(Place(path_name(path[:1]), path_name(path[1:])))
+        else:
+            found.append(Place("", path_name(path)))
+    return found
+
+
+def _is_rule(x: Any) -> bool:
+    return isinstance(x, RuleState)
+
+
+def _taken(found: Sequence[Place | Clock]) -> set[tuple[str, str]]:
+    return {
+        (p.folder, name) for p in found for name in (p.names if isinstance(p, Clock) else (p.name,))
+    }
+
+
+def _rule_places(state: RuleState, number: str) -> list[Place | Clock]:
+    """Those of the leaves of a rule's state, in their order."""
+    names = _names(state)
+
+    def clock(key: str) -> Clock:
+        return Clock(f"clock{number}/{key}", names)
+
+    found: list[Place | Clock] = [clock("step")]
+    found += [clock(key) for key, _ in fields(state.clock)]
+    for key, tree in fields(state.states):
+        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        found += [Place(f"state{number}/{key}", path) for path in paths]
+    return found
+
+
+def _names(state: RuleState) -> tuple[str, ...]:
+    """The parameters' names, as far as the states tell."""
+    trees = [tree for _, tree in fields(state.states) if tree is not None]
+    shape = np.shape(state.count)
+    if trees:
+        leaves = jax.tree_util.tree_leaves_with_path(trees[0], is_leaf=lambda x: x is None)
+        names = tuple(path_name(path) for path, _ in leaves)
+        if shape in ((), (len(names),)):
+            return names
+    return tuple(f"{i}" for i in range(shape[0])) if shape else (ANY,)
+
+
+def to_leaves(tree: Any) -> Leaves:
+    """A tree's leaves by name."""
+    values: dict[Place, Any] = {}
+    clocks: dict[str, dict[str, Any]] = {}
+    for place, leaf in zip(places(tree), jax.tree.leaves(tree), strict=True):
+        if isinstance(place, Clock):
+            clocks.setdefault(place.folder, {}).update(_numbers(place.names, leaf))
+        else:
+            values[place] = leaf
+    return Leaves(values, clocks)
+
+
+def _numbers(names: Sequence[str], clock: Any) -> dict[str, Any]:
+    """A clock's entry for each name; shapes stand for themselves."""
+    if isinstance(clock, jax.ShapeDtypeStruct):
+        return dict.fromkeys(names, clock)
+    entries = np.broadcast_to(np.asarray(clock), (len(names),))
+    return dict(zip(names, entries, strict=True))
+
+
+def from_leaves(tree: Any, leaves: Leaves, where: str) -> Any:
+    """The tree with other leaves; ``where`` is its path, for messages.
+
+    Raises:
+      CheckpointError: if the parameters of one clock have taken different numbers of steps.
+    """
+    filled = []
+    for place, like in zip(places(tree), jax.tree.leaves(tree), strict=True):
+        if isinstance(place, Clock):
+            filled.append(_clock(place, leaves.clocks[place.folder], like, where))
+        else:
+            filled.append(leaves.values[place])
+    return jax.tree.structure(tree).unflatten(filled)
+
+
+def _clock(place: Clock, numbers: dict[str, Any], like: Any, where: str) -> Any:
+    mine = [numbers[name] for name in place.names]
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in mine):
+        raise CheckpointError(f"{where}{place.folder} is missing, and ours has no value")
+    vector = np.asarray(mine).astype(like.dtype)
+    if np.shape(like) == ():
+        if len(set(vector.tolist())) > 1:
+            raise CheckpointError(
+                f"{where}{place.folder}: parameters have taken different numbers of steps, ours "
+                "has one count for all; make it with per_leaf_clocks=True"
+            )
+        vector = vector[0]
+    if isinstance(like, np.ndarray | np.generic):
+        return vector
+    sharding = like.sharding if getattr(like, "committed", True) else None
+    array = jnp.array(vector)
+    return array if sharding is None else jax.device_put(array, sharding)
