@@ -32,12 +32,15 @@ def to_entries(
       params: the parameters, or their shapes.
       names: as given to `sparsify`.
     """
-    masks = _named_masks(state, params, names)
+    return layout(_named_masks(state, params, names), sparsity, int(state.step))
+
+
+def layout(masks: Mapping[str, Any], sparsity: Sparsity, step: int) -> dict[str, Any]:
+    """The layout of 2.0 of masks by the names of their parameters, after so many steps."""
     algorithms = sparsity.assign({name: mask.shape for name, mask in masks.items()})
     members: dict[Algorithm, list[str]] = {}
     for name, algorithm in algorithms.items():
         members.setdefault(algorithm, []).append(name)
-    step = int(state.step)
     groups = [
         {
             "name": own[0] if len(own) == 1 else f"group_{i + 1}",

@@ -160,7 +160,10 @@ def mask_states(
                 for name, tree in node.states._asdict().items()
                 if tree is not None and (names is None or name in names)
             }
-            return node._replace(states=node.states._replace(**chosen))
+            low = node.low_bits
+            if low is not None:  # a part of the parameters
+                low = mask(low, late.low_bits, "low_bits")
+            return node._replace(states=node.states._replace(**chosen), low_bits=low)
         return mask(node, late) if is_like_params(node) else node
 
     return jax.tree.map(

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ def sparsify(
     tx: optax.GradientTransformation,
     sparsity: Sparsity | Groups,
     *,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] | Mapping[str, str] | None = None,
     states: Sequence[str] | None = None,
     returns_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -43,8 +43,8 @@ def sparsify(
     Args:
       tx: any optax transformation.
       sparsity: which parameters, and how: a `Sparsity`, or what makes one.
-      names: names of the leaves of the parameters, in the order of flattening; by default their
-        dotted paths. Patterns and random numbers go by these.
+      names: names of the leaves of the parameters, in the order of flattening or by dotted path;
+        by default the paths. Patterns and random numbers go by these.
       states: the states of our optimizers to mask, such as ``("exp_avg",)``. By default, and in
         other transformations, all that have the shape of their parameter.
       returns_params: ``tx.update`` returns new parameters in place of updates, and so does this.
@@ -83,6 +83,7 @@ def sparsify(
         masks = align(treedef, state.masks, "the masks", paths)
         dense = align(treedef, extra.pop("dense_grads", updates), "the gradients", paths)
         grads = align(treedef, updates, "the gradients", paths)
+        dense = [None if g is None else d for g, d in zip(grads, dense, strict=True)]
         check_grads(grads, leaves, paths)
         members = _members(chosen, names, params)
         step = saturating_increment(state.step)
@@ -131,10 +132,14 @@ class _Member(NamedTuple):
         return jnp.asarray(self.seed, jnp.uint32), path_number(self.name)
 
 
-def _members(sparsity: Sparsity, names: Sequence[str] | None, params: Params) -> list[Any]:
+def _members(
+    sparsity: Sparsity, names: Sequence[str] | Mapping[str, str] | None, params: Params
+) -> list[Any]:
     """For every leaf a `_Member`, or None for a dense one."""
     leaves = jax.tree.leaves(params)
-    names = leaf_paths(params) if names is None else list(names)
+    if names is None or isinstance(names, Mapping):
+        names = [names[path] if names else path for path in leaf_paths(params)]
+    names = list(names)
     if len(names) != len(leaves) or len(set(names)) < len(names):
         raise ValueError(f"sparsify needs {len(leaves)} distinct names, got {names}")
     shapes = {name: jnp.shape(p) for name, p in zip(names, leaves, strict=True)}
