@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import inspect
-import itertools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import optax
 
 from cerebras_jax import schedules
+from cerebras_jax.driven import check_schedulers, drivers
 from cerebras_jax.messages import shortened, shown
 from cerebras_jax.optim.algorithms.muon import Muon
 from cerebras_jax.optim.configure import (
@@ -29,8 +29,13 @@ from cerebras_jax.optim.names import check_plain, find_class, rate_key
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.param_groups import ParamGroups
 from cerebras_jax.optim.schedule_config import ScheduleConfig, kind_of, schedule_config
-from cerebras_jax.optim.scheduler import Scheduler, group_tags
+from cerebras_jax.optim.scheduler import Scheduler
+from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.sections import Sections, read_sections
+from cerebras_jax.sparse.configure import configure_sparsity
+from cerebras_jax.sparse.masking import mask_gradients
+from cerebras_jax.sparse.selection import Sparsity
+from cerebras_jax.sparse.transform import sparsify
 from cerebras_jax.step_config import step_config
 from cerebras_jax.transforms.clipping import clip
 from cerebras_jax.transforms.finite import guard
@@ -60,6 +65,7 @@ class Recipe:
       grad_accum_steps: in how many parts a batch is computed; for `cerebras_jax.accumulate`.
       adjust_learning_rate: factors by layer type or pattern, those of muP included.
       params: further groups: ``[{"params": patterns, "tag": name}, ...]``.
+      sparsity: which parameters are sparse, and how; None: none are.
       warnings: what was ignored, one sentence each.
     """
 
@@ -74,30 +80,38 @@ class Recipe:
     grad_accum_steps: int = 1
     adjust_learning_rate: dict[Any, float] | None = None
     params: list[dict[str, Any]] | None = None
+    sparsity: Sparsity | None = None
     warnings: tuple[str, ...] = ()
 
     def optimizer(self, params: Any) -> tuple[Optimizer, list[Scheduler]]:
         """The class form: the optimizer, which clips and skips, and the schedulers to step.
 
-        Loss scaling is apart: ``opt.step(loss_fn, scaler=recipe.scaler())``.
+        Loss scaling is apart: ``opt.step(loss_fn, scaler=recipe.scaler())``. With a sparsity the
+        parameters are pruned: those of a module in place, others are ``opt.params``.
 
         Raises:
+          TypeError: if the recipe has a sparsity, and the optimizer a step of its own.
           ValueError: if a pattern or a tag of the recipe has no parameters here, or two
             schedulers drive the same number of one parameter.
         """
         groups = self.param_groups(params)
-        _drivers(self.schedulers, groups)
+        drivers(self.schedulers, groups)
         opt = self.optimizer_class(groups, **self.optimizer_values)
         for name in SETTINGS:
             value = getattr(self, name, None)
             if value not in (None, False):
                 setattr(opt, name, value)
+        if self.sparsity is not None:
+            if not isinstance(opt, SparseOptimizer):
+                raise TypeError(f"{type(opt).__name__} has no masks: it has a step of its own")
+            opt.apply(self.sparsity)
         return opt, [config.attach(opt) for config in self.schedulers]
 
     def transformation(self, params: Any) -> optax.GradientTransformationExtraArgs:
         """The pure form: an optax chain of the optimizer, which clips and skips, with groups.
 
-        Its ``update`` takes ``loss`` and ``loss_scale``; see `optim.guard`.
+        Its ``update`` takes ``loss`` and ``loss_scale``; see `optim.guard`. With a sparsity, prune
+        the parameters once: ``sparse.prune(params, state)``.
 
         Args:
           params: the parameters, as an example of their names: a pytree or nnx.Module.
@@ -110,13 +124,18 @@ class Recipe:
         pure = _pure_form(self.optimizer_class)
         parts = [self._made(pure, values) for values in self._values_of(groups)]
         update = grouped(parts, [group["params"] for group in groups])
+        if self.sparsity is not None:
+            states = getattr(self.optimizer_class, "states_to_sparsify", ()) or None
+            update = sparsify(update, self.sparsity, states=states)
+        bounds = self.max_gradient_norm, self.max_gradient_value
         if self.skip_nonfinite or self.skip_spikes is not None or self.loss_scaling is not None:
-            bounds = self.max_gradient_norm, self.max_gradient_value
             skips = self.skip_nonfinite or self.loss_scaling is not None
-            return optax.chain(guard(update, *bounds, skips, self.skip_spikes))
-        if self.max_gradient_norm is None and self.max_gradient_value is None:
+            result = optax.chain(guard(update, *bounds, skips, self.skip_spikes))
+        elif bounds == (None, None):
             return optax.chain(update)
-        return optax.chain(clip(self.max_gradient_norm, self.max_gradient_value), update)
+        else:
+            result = optax.chain(clip(*bounds), update)
+        return result if self.sparsity is None else mask_gradients(result)
 
     def scaler(self) -> GradScaler | None:
         """A new scaler for ``opt.step(..., scaler=)``; None if the loss is not scaled."""
@@ -134,7 +153,7 @@ class Recipe:
         """The hyper-parameters of each group, schedules in place of what they drive."""
         known = inspect.signature(self.optimizer_class).parameters.keys() - {"params"}
         result = []
-        for group, driven in zip(groups, _drivers(self.schedulers, groups), strict=True):
+        for group, driven in zip(groups, drivers(self.schedulers, groups), strict=True):
             values = {**self.optimizer_values, **{k: v for k, v in group.items() if k in known}}
             values.pop(_COUNTS, None)
             for key, config in driven.items():
@@ -170,6 +189,7 @@ class Recipe:
             "skip_nonfinite": self.skip_nonfinite or None,
             "skip_spikes": self.skip_spikes,
             "adjust_learning_rate": self.adjust_learning_rate,
+            "sparsity": self.sparsity,
         }
         rows = "".join(
             f"<tr><td>{html.escape(k)}</td><td>{html.escape(shown(v))}</td></tr>"
@@ -217,33 +237,6 @@ class Recipe:
         return make_param_groups(params, rules, self._name("lr"), rate, own)
 
 
-def _drivers(
-    schedulers: Sequence[ScheduleConfig], groups: Sequence[Mapping[str, Any]]
-) -> list[dict[str, ScheduleConfig]]:
-    """For each group, what drives which of its numbers.
-
-    Raises:
-      ValueError: if two schedulers drive one number of a group, or one drives nothing.
-    """
-    result: list[dict[str, ScheduleConfig]] = [{} for _ in groups]
-    for config in schedulers:
-        mine = [i for i, group in enumerate(groups) if config.drives(group)]
-        if not mine:
-            tags = sorted({str(tag) for group in groups for tag in group_tags(group)})
-            raise ValueError(
-                f"{config.where}: param_group_tags {shown(config.param_group_tags)} match no "
-                f"parameter group with a {config.key}; the groups' tags are {shown(tags)}"
-            )
-        for i in mine:
-            other = result[i].setdefault(config.key, config)
-            if other is not config:
-                raise ValueError(
-                    f"{other.where} and {config.where} both drive the {config.key} of "
-                    f"{shown(groups[i]['params'])}"
-                )
-    return result
-
-
 def _pure_form(cls: type[Optimizer]) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """The function that a class was made of.
 
@@ -271,7 +264,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
     Where the section ``model`` asks for muP (``mup_base_hidden_size``, ``mup_base_filter_size``),
     its factors of the learning rate are part of the recipe; of two factors for one parameter that
     in ``adjust_learning_rate`` counts. What changes the numbers of a run and is not acted on, such
-    as sparsity, is named in ``recipe.warnings``.
+    as ``fp16_type``, is named in ``recipe.warnings``.
 
     Args:
       source: the path of a YAML file, or what it holds as a dict.
@@ -310,7 +303,8 @@ def _recipe(sections: Sections) -> Recipe:
     filters = param_filters(params)
     configs = [schedule_config(v, kind_of(v), at) for at, v in sections.schedulers]
     schedulers = [config for config in configs if config is not None]
-    _check_schedulers(cls, schedulers, {tag for f in filters for tag in f.tags})
+    tags = {tag for f in filters for tag in f.tags}
+    check_schedulers(cls, schedulers, tags, _is_plain(cls))
     factors = _factors(sections)
     is_scaled = bool(factors) or any("adjust_learning_rate" in f.values for f in filters)
     if is_scaled:
@@ -325,7 +319,15 @@ def _recipe(sections: Sections) -> Recipe:
         *step_config(sections.others, _fp16_type(sections)),
         adjust_learning_rate=factors or None,
         params=[dict(given) for given in _listed(params)] or None,
+        sparsity=_sparsity(sections.sparsity),
     )
+
+
+def _sparsity(section: Any) -> Sparsity | None:
+    try:
+        return configure_sparsity(section)
+    except (TypeError, ValueError) as error:
+        raise type(error)(shortened(str(error))) from None
 
 
 def _check_ranges(cls: type[Optimizer], values: Mapping[str, Any]) -> None:
@@ -368,30 +370,6 @@ def _check_scaling(
         warnings.warn(f"adjust_learning_rate is not used: {cls.__name__} has no lr", stacklevel=4)
     elif values.get(rate, 0.0) is None:
         raise ValueError(f"adjust_learning_rate needs a number lr of {cls.__name__}, got lr=None")
-
-
-def _check_schedulers(
-    cls: type[Optimizer], schedulers: Sequence[ScheduleConfig], known: set[str]
-) -> None:
-    """Refuses schedulers that no parameters can make right."""
-    names = inspect.signature(cls).parameters
-    for config in schedulers:
-        tags = config.param_group_tags
-        key = rate_key(cls) if config.key == "lr" else config.key
-        if _is_plain(cls) and key not in names:
-            raise ValueError(f"{config.where}: {cls.__name__} has no {config.key} to schedule")
-        if tags is not None and not set(tags) & {*known, None}:
-            raise ValueError(
-                f"{config.where}: param_group_tags {shown(tags)} are no tags of the optimizer's "
-                f"params, which have {shown(sorted(known))}"
-            )
-    for one, other in itertools.combinations(schedulers, 2):
-        a, b = one.param_group_tags, other.param_group_tags
-        if one.key == other.key and (a is None or b is None or set(a) & set(b)):
-            raise ValueError(
-                f"{one.where} and {other.where} both drive the {one.key} of one group; their "
-                f"param_group_tags are {shown(a)} and {shown(b)}"
-            )
 
 
 def _listed(params: Any) -> Sequence[Any]:

@@ -14,13 +14,13 @@ from cerebras_jax.step_config import SCALING_KEYS, STEP_KEYS
 # What changes the numbers of a run and is not acted on yet, with the values that ask for nothing.
 _NEUTRAL = {
     "fp16_type": (None, "float32"),
-    "sparsity": (None,),
 }
 # Read by the recipe itself, so that the optimizer need not warn of them.
-_RECIPE_KEYS = {"optimizer_type", "adjust_learning_rate", "params", "fp16_type", *STEP_KEYS}
+_RECIPE_KEYS = {"optimizer_type", "adjust_learning_rate", "params", "fp16_type", "sparsity"}
+_RECIPE_KEYS |= set(STEP_KEYS)
 # In sections of the runner, which is not read, these say nothing if they are so.
 _UNREAD = {**_NEUTRAL, **dict.fromkeys(SCALING_KEYS, (None,)), "loss_scaling_factor": (None, 1)}
-_UNREAD["grad_accum_steps"] = (None, 1)
+_UNREAD |= {"grad_accum_steps": (None, 1), "sparsity": (None,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Sections:
       schedulers: places and values of the schedulers.
       model: the section ``model``.
       ignored: what is not acted on, as ``place=value``.
+      sparsity: the section ``sparsity``.
     """
 
     optimizer_type: Any
@@ -42,6 +43,7 @@ class Sections:
     schedulers: tuple[tuple[str, Any], ...]
     model: Mapping[str, Any]
     ignored: tuple[str, ...]
+    sparsity: Any = None
 
 
 def read_sections(config: Mapping[str, Any]) -> Sections:
@@ -78,8 +80,8 @@ def read_sections(config: Mapping[str, Any]) -> Sections:
         (
             *_ignored("optimizer.", section),
             *_ignored("runconfig.", _other(config, "runconfig"), _UNREAD),
-            *_ignored("", {"sparsity": config.get("sparsity")}),
         ),
+        _sparsity({"sparsity": _beside(config), "optimizer.sparsity": section.get("sparsity")}),
     )
 
 
@@ -118,7 +120,6 @@ def _trainer(init: Mapping[str, Any], place: str) -> Sections:
         *_ignored(where, arguments),
         *_ignored(f"{place}precision.", precision),
         *_ignored(f"{place}loop.", _other(init, "loop"), _UNREAD),
-        *_ignored(place, {"sparsity": init.get("sparsity")}),
     ]
     learning_rate = arguments.get("learning_rate")
     if learning_rate is not None and not schedulers:
@@ -133,7 +134,33 @@ def _trainer(init: Mapping[str, Any], place: str) -> Sections:
         tuple(schedulers),
         _other(init, "model"),
         tuple(ignored),
+        _sparsity(
+            {
+                f"{place}sparsity": init.get("sparsity"),
+                f"{where}sparsity": arguments.get("sparsity"),
+            }
+        ),
     )
+
+
+def _beside(config: Mapping[str, Any]) -> Any:
+    """The section ``sparsity`` beside that of the optimizer."""
+    return config.get("sparsity") if "optimizer" in config else None
+
+
+def _sparsity(places: Mapping[str, Any]) -> Any:
+    """The one section about sparsity.
+
+    Raises:
+      ValueError: if there are two.
+    """
+    given = {place: value for place, value in places.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"sparsity must be given once, got {' and '.join(given)}")
+    for place, value in given.items():
+        check_plain(place, value)
+        return value
+    return None
 
 
 def _mapping(section: Mapping[str, Any], key: Any, place: str) -> Mapping[str, Any]:

@@ -524,14 +524,13 @@ def test_what_is_not_acted_on_is_named():
     config = trainer([CONSTANT], SGD={"learning_rate": {"scheduler": "Constant"}})
     config["trainer"]["init"] |= {
         "precision": {"enabled": True, "fp16_type": "cbfloat16", "loss_scaling_factor": "dynamic"},
-        "sparsity": {"sparsity": 0.75},
         "loop": {"grad_accum_steps": 4, "max_steps": 10},
     }
     with pytest.warns(UserWarning, match="not acted on") as caught:
         recipe = cjax.load_recipe(config)
     (warning,) = recipe.warnings
     assert warning == str(caught[0].message)
-    for part in ("precision.fp16_type='cbfloat16'", "sparsity={'sparsity': 0.75}",
+    for part in ("precision.fp16_type='cbfloat16'",
                  "loop.grad_accum_steps=4", "SGD.learning_rate={'scheduler'"):  # fmt: skip
         assert f"trainer.init.{part}" in warning or f"trainer.init.optimizer.{part}" in warning
     assert "enabled" not in warning

@@ -103,6 +103,19 @@ def test_a_run(tmp_path, text):
         np.testing.assert_array_equal(value, weights[name])
 
 
+def test_a_sparse_run(tmp_path, text):
+    section = {"sparsity": 0.75, "param_filter": "*kernel"}
+    result, out = invoke(tmp_path, {**short(), "sparsity": section}, "--data", str(text))
+    assert result.exit_code == 0, result.output
+    assert [r["density"] for r in read_metrics(out) if "held_out_loss" in r] == [0.25, 0.25]
+    assert "density 0.2500" in result.output
+    weights = dict(np.load(out / "weights.npz"))
+    kernels = [x for name, x in weights.items() if name.endswith("kernel")]
+    assert len(kernels) == 4
+    for kernel in kernels:
+        assert (kernel == 0).sum() == 3 * kernel.size // 4
+
+
 def test_options_override_the_config(tmp_path, text):
     config = {**CONFIG, "runconfig": {"max_steps": 40}}
     result, out = invoke(tmp_path, config, "--data", str(text / "0.txt"), "--steps", "3")
@@ -265,7 +278,7 @@ def test_progress_is_shown_in_an_ascii_terminal(tmp_path, text, monkeypatch):
         ((report, "draw"), "training.png"),
         ((gpt, "generate"), "sample.txt"),
         ((np, "savez"), "weights.npz"),
-        ((run.Run, "held_out_loss"), None),
+        ((run.Run, "held_out"), None),
     ],
 )
 def test_every_result_is_written_whatever_becomes_of_the_others(
@@ -274,7 +287,7 @@ def test_every_result_is_written_whatever_becomes_of_the_others(
     def fail(*args, **kwargs):
         if missing or args[0].opt.state["norm.bias"]["exp_avg"].any():  # not at the first step
             raise RuntimeError("no [/x] luck")
-        return 0.0
+        return {}
 
     monkeypatch.setattr(*broken, fail)
     result, out = invoke(tmp_path, short(), "--data", str(text))

@@ -14,10 +14,13 @@ from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.trees import path_name
 from cerebras_jax.optim.guarding import guard_only
+from cerebras_jax.sparse.masking import SparseState
 from cerebras_jax.transforms.grouped import GroupedState
 from cerebras_jax.types import Array
 
 LOW_BITS = "low_bits"  # the state of that name; see `rounding`
+MASK = "mask"  # the state of that name, see `sparse`
+SPARSE_STEP = "sparsity.step"  # and the path of the steps that masks go by
 
 
 class Place(NamedTuple):
@@ -98,7 +101,35 @@ def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners)
     known |= {place.leaf for place in guard.values()}
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     shared = {paths[i]: Place(i) for i in range(len(leaves)) if i not in known}
+    _add_masks(of, shared, state, params, names, index)
     return Catalogue(of, shared, guard)
+
+
+def _add_masks(
+    of: dict,
+    shared: dict[str, Place],
+    state: Any,
+    params: Any,
+    names: Mapping[str, str],
+    index: Mapping[int, int],
+) -> None:
+    """Takes what belongs to `sparsify` out of what is shared."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SparseState))
+    for node in nodes:
+        if isinstance(node, SparseState):
+            masks = zip(names.values(), params.flatten_up_to(node.masks), strict=True)
+            places = {n: Place(index[id(m)]) for n, m in masks if id(m) in index}
+            step = Place(index[id(node.step)])
+            for path in [k for k, v in shared.items() if v in (*places.values(), step)]:
+                del shared[path]
+            shared[SPARSE_STEP] = step
+            for name, place in places.items():
+                of[name][MASK] = place
+
+
+def without_masks(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The states of the algorithm alone."""
+    return {n: {k: v for k, v in entry.items() if k != MASK} for n, entry in entries.items()}
 
 
 def _masked(params: Any, names: Mapping[str, str], members: set[str]) -> Any:

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from cerebras_jax.checks import check, check_flag, is_number
+from cerebras_jax.sparse.masking import SparseState
 from cerebras_jax.transforms.finite import GuardState, guard
 from cerebras_jax.transforms.grouped import GroupedState
 from cerebras_jax.transforms.spikes import SkipSpikes
@@ -89,7 +90,7 @@ class Guard:
         """
 
         def fit(node: Any) -> Any:
-            if isinstance(node, GroupedState):
+            if isinstance(node, GroupedState | SparseState):
                 return GuardState.start(node, self.skip_spikes) if self.is_on else node
             if not isinstance(node, GuardState):
                 return node
@@ -98,7 +99,8 @@ class Guard:
             new = GuardState.start(None, self.skip_spikes).spikes
             return node._replace(spikes=node.spikes if _alike(node.spikes, new) else new)
 
-        return jax.tree.map(fit, state, is_leaf=lambda x: isinstance(x, GuardState | GroupedState))
+        kinds = GuardState | SparseState | GroupedState
+        return jax.tree.map(fit, state, is_leaf=lambda x: isinstance(x, kinds))
 
 
 def guard_only(state: Any) -> GuardState | None:

@@ -170,7 +170,7 @@ class PairOptimizer(Optimizer):
         return any(callable(x) for x in jax.tree.leaves(self._hyper(group), is_leaf=callable))
 
     def _entries(self) -> dict[str, dict[str, Any]]:
-        return {name: dict(entry) for name, entry in self.state.items()}
+        return entries.without_masks(self.state)
 
     def _full_entries(self) -> dict[str, dict[str, Any]]:
         host: dict[int, Any] = {}
@@ -349,9 +349,8 @@ class PairOptimizer(Optimizer):
         """
         with self.lock:
             names = self._grouped_names() if param_names is None else list(param_names)
-            return torch_format.to_torch_state_dict(
-                self._dialect(), self.param_groups, self._full_entries(), names
-            )
+            mine = entries.without_masks(self._full_entries())
+            return torch_format.to_torch_state_dict(self._dialect(), self.param_groups, mine, names)
 
     # --- the parts that change, for jit and trace ------------------------------------------------
 

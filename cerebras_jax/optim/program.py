@@ -12,6 +12,7 @@ import optax
 from cerebras_jax.engine.trees import as_array, check_grads, leaf_paths
 from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.optim.makers import How, Maker
+from cerebras_jax.optim.masking import Masking
 from cerebras_jax.optim.numbers import join
 from cerebras_jax.programs import Programs
 from cerebras_jax.transforms.grouped import grouped
@@ -35,6 +36,7 @@ class Plan:
       params: the structure of the parameters.
       state: the structure of the state; None while it is made.
       absent: positions of the parameters that have no gradient.
+      masking: what of it is sparse.
       guard: what watches over the step.
       around: the wrappers, outermost first.
       how: how arrays are kept.
@@ -48,6 +50,7 @@ class Plan:
     params: Any
     state: Any
     absent: tuple[int, ...]
+    masking: Masking
     guard: Guard
     around: tuple[Wrapper, ...]
     how: How
@@ -55,7 +58,7 @@ class Plan:
     @functools.cached_property
     def _hash(self) -> int:
         rest = (self.statics, self.groups, self.same, self.absent, self.guard, self.around)
-        return hash((self.maker, *rest, self.params, self.how))
+        return hash((self.maker, *rest, self.masking, self.params, self.how))
 
     def __hash__(self) -> int:
         return self._hash
@@ -64,7 +67,9 @@ class Plan:
 def transformation(
     plan: Plan, numbers: Sequence[Sequence[Any]], bounds: Sequence[Any], *, applied: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """The optax pair that a step applies: the wrappers around the guard around the groups.
+    """The optax pair that a step applies.
+
+    Outermost first: the wrappers, the masking of gradients, the guard, the masks, the groups.
 
     Args:
       plan: what is static.
@@ -76,10 +81,12 @@ def transformation(
         plan.maker.pair(join(values, static), plan.how, same, applied)
         for values, static, same in zip(numbers, plan.statics, plan.same, strict=True)
     ]
-    tx: Any = grouped(pairs, plan.groups)
+    tx: Any = plan.masking.around(grouped(pairs, plan.groups), applied)
     if plan.absent and not applied:
         tx = _without_gradients(tx, {plan.names[i] for i in plan.absent})
     tx = plan.guard.around(tx, dict(zip(plan.guard.clips, bounds, strict=True)), applied)
+    if plan.guard.is_on:
+        tx = plan.masking.before(tx)
     for wrap in reversed(plan.around):
         tx = wrap(tx)
         if isinstance(tx, optax.MultiSteps):
@@ -165,7 +172,9 @@ def _step_within_wrappers(
         p if i in absent else (p + u).astype(p.dtype)
         for i, (p, u) in enumerate(zip(params, plan.params.flatten_up_to(updates), strict=True))
     ]
-    return new, state
+    # Whatever the wrappers made of the updates.
+    pruned = plan.masking.prune(plan.params.unflatten(new), state)
+    return plan.params.flatten_up_to(pruned), state
 
 
 class Program:

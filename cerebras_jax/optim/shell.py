@@ -20,10 +20,11 @@ from cerebras_jax.optim import clocks
 from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.optim.makers import How, RuleMaker
 from cerebras_jax.optim.numbers import as_argument
-from cerebras_jax.optim.pair_state import SCALED, PairOptimizer
+from cerebras_jax.optim.pair_state import SCALED
 from cerebras_jax.optim.program import Inputs, Plan, Program, Wrapper, program_of, transformation
 from cerebras_jax.optim.signatures import doc_of, signature_of
 from cerebras_jax.optim.sources import is_closure
+from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.signals import deferred_signals
 from cerebras_jax.stateful import OUTSIDE
 from cerebras_jax.transforms.accumulate import Accumulation
@@ -32,7 +33,7 @@ from cerebras_jax.transforms.loss_scale import GradScaler
 P = ParamSpec("P")
 
 
-class ShellOptimizer(PairOptimizer, Generic[P]):
+class ShellOptimizer(SparseOptimizer, Generic[P]):
     """An optimizer that applies an optax pair; made by `Optimizer.of` or `optimizer_of`.
 
     Args:
@@ -259,6 +260,7 @@ class ShellOptimizer(PairOptimizer, Generic[P]):
             params=self._treedef(),
             state=state,
             absent=absent,
+            masking=self._masking(),
             guard=guard,
             around=self.around,
             how=How(self.state_dtype, self.rounding),

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cerebras_jax.optim import Optimizer
+from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.schedules import span
 from cerebras_jax.train.folder import METRICS, cut_metrics
 
@@ -101,6 +103,15 @@ class Reporter:
         if "loss" not in values or done in (1, self.steps):  # the first step compiles
             return ""
         return f"  left {values['seconds'] / done * (self.steps - done):.0f} s"
+
+
+def density(opt: Optimizer) -> dict[str, float]:
+    """What of the sparse weights is on, in all; nothing, if there are none."""
+    found = opt.density() if isinstance(opt, SparseOptimizer) else {}
+    sizes = {name: p.size for name, p in opt.named_parameters() if name in found}
+    if not sizes:
+        return {}
+    return {"density": sum(float(found[k]) * n for k, n in sizes.items()) / sum(sizes.values())}
 
 
 def _format(name: str, value: Any) -> str:

@@ -214,9 +214,10 @@ class Run:
         """One training step; its loss and what else was seen, still on their way."""
         return train_step(self.opt, self.schedulers, self.scaler, self.parts, tokens)
 
-    def held_out_loss(self) -> float:
-        """The mean loss over the same few batches every time."""
-        return float(np.mean([evaluate(self.model, tokens) for tokens in self.evaluation]))
+    def held_out(self) -> dict[str, float]:
+        """The mean loss over the same few batches every time; of sparse weights, the density."""
+        losses = [evaluate(self.model, tokens) for tokens in self.evaluation]
+        return {"held_out_loss": float(np.mean(losses)), **report.density(self.opt)}
 
     def numbers(self, step: int) -> dict[str, float]:
         """The scheduled numbers that ``step`` is taken with."""
@@ -378,7 +379,7 @@ def _loop(
                     break
                 if step % settings.eval_every == 0:
                     losses.flush()
-                    reporter.record(True, step=step, held_out_loss=run.held_out_loss())
+                    reporter.record(True, step=step, **run.held_out())
                 tokens = run.batch(step)
                 started = time.perf_counter()
                 losses.put(step, started, *run.step(tokens))
@@ -414,9 +415,7 @@ def _write_results(
         run_folder.WEIGHTS: lambda: run_folder.save_weights(
             run.weights(), folder / run_folder.WEIGHTS
         ),
-        run_folder.METRICS: lambda: reporter.record(
-            True, step=step, held_out_loss=run.held_out_loss()
-        ),
+        run_folder.METRICS: lambda: reporter.record(True, step=step, **run.held_out()),
         run_folder.PICTURE: lambda: report.draw(
             reporter.records, run.title, folder / run_folder.PICTURE
         ),
