@@ -125,7 +125,7 @@ def test_a_function_is_asked_for_step_0():
         (schedules.linear, TypeError, "lr must be a number or a schedule, got <class"),
         (10**5000, ValueError, "lr must be finite, got <int>"),
         (1j, TypeError, "lr must be a number or a schedule, got 1j"),
-        (np.timedelta64(1), TypeError, "lr must be a number or a schedule"),
+        (np.timedelta64(1, "D"), TypeError, "lr must be a number or a schedule"),
         (jnp.ones(2), ValueError, r"lr must be a scalar, got shape \(2,\)"),
     ],
     ids=lambda x: type(x).__name__,

@@ -130,7 +130,7 @@ def text(tmp_path_factory):
 def untrained():
     """The command up to its first step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "train", lambda r, f, c: run._result([], False, None, {}))
+        patch.setattr(cli, "train", lambda *arguments: run._result([], False, None, {}))
         yield
 
 

@@ -4,6 +4,7 @@ The expected numbers are those of gradient descent or of Adam's first step, work
 """
 
 import gc
+import importlib.util
 import pickle
 import warnings
 import weakref
@@ -160,7 +161,9 @@ def test_a_new_group_keeps_the_step_counts_of_the_others(cls):
     jax.effects_barrier()
     assert {int(x) for x in np.ravel(reached)} == {5}
     opt.param_groups[0]["lr"] = 0.25
-    exported = opt.torch_state_dict()["state"] if cls is not optim.Lion else {}
+    exported = {}
+    if cls is not optim.Lion and importlib.util.find_spec("torch"):
+        exported = opt.torch_state_dict()["state"]
     steps = [float(entry["step"]) for entry in exported.values() if "step" in entry]
     assert steps == ([6.0, 1.0] if cls is not optim.SGD and exported else [])
 
@@ -251,29 +254,32 @@ def test_where_there_is_a_flag_a_group_has_its_own(cls):
     assert float(opt.params[0]["a"][0]) > 1
 
 
-def test_functions_are_stored_as_none_and_stay():
+def test_functions_are_stored_by_their_repr_and_stay():
     half = lambda step: 0.5  # noqa: E731
     opt = optim.AdamW(two(), lr=half, betas=(0.9, half))
     opt.step(ones(opt))
     saved = pickle.loads(pickle.dumps(opt.state_dict()))
     group = saved["param_groups"][0]
-    assert (group["lr"], group["betas"]) == (None, (0.9, None))
+    assert (group["lr"], group["betas"]) == (repr(half), (0.9, repr(half)))
     other = optim.AdamW(opt.params, lr=half, betas=(0.8, half))
     other.load_state_dict(saved)
     assert other.param_groups[0]["lr"] is half
     assert other.param_groups[0]["betas"] == (0.9, half)
     other.step(ones(opt)), opt.step(ones(opt))
     assert first(other.params) == first(opt.params)
-    with pytest.raises((TypeError, ValueError), match="lr must be a number or a schedule"):
-        optim.AdamW(two(), lr=0.1).load_state_dict(saved)
+    number = optim.AdamW(two(), lr=0.1)
+    with pytest.warns(UserWarning, match="which only a program can hold"):
+        number.load_state_dict(saved)
+    assert number.param_groups[0]["lr"] == 0.1
 
 
-def test_a_schedule_of_ours_is_a_value_in_a_state_dict():
+def test_a_schedule_of_ours_is_stored_by_its_repr():
     schedule = schedules.linear(0.1, 0.0, 10)
     saved = pickle.loads(pickle.dumps(optim.SGD(two(), lr=schedule).state_dict()))
-    opt = optim.SGD(two(), lr=0.5)
-    opt.load_state_dict(saved)
-    assert opt.param_groups[0]["lr"] == schedule
+    assert saved["param_groups"][0]["lr"] == repr(schedule)
+    same = optim.SGD(two(), lr=schedules.linear(0.1, 0.0, 10))
+    same.load_state_dict(saved)
+    assert same.param_groups[0]["lr"] == schedule
 
 
 def test_a_schedule_may_hold_an_array():
@@ -417,6 +423,7 @@ def test_the_largest_count_gives_finite_numbers(name):
 
 
 def test_a_torch_export_after_both_powers_underflowed():
+    pytest.importorskip("torch")
     """A state of 100,000 steps of Cerebras's, which counts in powers alone."""
     opt = optim.AdamW({"w": jnp.ones(2)}, lr=0.1, betas=(0.9, 0.999))
     loaded = opt.state_dict()

@@ -58,7 +58,7 @@ VALUES = [
     # arrays and what looks like them
     np.array([0.1, 0.2]), jnp.array([0.9, 0.99]), np.zeros((0,)), np.zeros((1, 1)),
     np.array(None, object), jax.random.key(0), jax.ShapeDtypeStruct((), jnp.float32),
-    np.datetime64("2020-01-01"), np.timedelta64(1), datetime.timedelta(1),
+    np.datetime64("2020-01-01"), np.timedelta64(1, "D"), datetime.timedelta(1),
     # sequences
     [], (), {}, {"a": 1}, {0.1}, range(2), iter([0.1]), ITSELF, [0.1], (0.1,), (0.1, 0.2, 0.3),
     (0.1, 0.2), [0.9, 0.99], ((0.9, 0.99), 0.9), [[0.1], [0.2]], (None, None), ("a", "b"),

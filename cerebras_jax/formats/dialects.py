@@ -13,6 +13,7 @@ import numpy as np
 
 from cerebras_jax.formats.pytorch import DIALECTS, EXECUTION_FLAGS, POWERS, steps_of_powers
 from cerebras_jax.formats.run import Run
+from cerebras_jax.formats.state_dict import is_repr
 from cerebras_jax.messages import shown
 from cerebras_jax.schedules import torch_eps
 
@@ -64,10 +65,11 @@ def _translated(run: Run, entry: Any, group: Any) -> Run:
 
 
 def _check_numbers(group: Mapping[str, Any]) -> None:
-    """Refuses functions; in a state dict of ours they are schedules, or None."""
+    """Refuses functions; in a state dict of ours they are schedules, their reprs, or None."""
     for key, value in group.items():
         values = value if isinstance(value, list | tuple) else [value]
-        if any(map(callable, values)) or (value is None and key in _NEVER_NONE):
+        is_function = any(callable(x) or is_repr(x) for x in values)
+        if is_function or (value is None and key in _NEVER_NONE):
             raise ValueError(
                 f"{key} must be a number, got {shown(value)}; a file holds no function: give the "
                 "group a number first"

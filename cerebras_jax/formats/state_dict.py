@@ -293,9 +293,14 @@ def plain_value(value: Any) -> Any:
     return to_numpy(value).item() if tuple(value.shape) == () else value
 
 
+def is_repr(value: Any) -> bool:
+    """Whether a value stands for a function or a schedule, as `to_state_dict` writes them."""
+    return isinstance(value, str) and value.endswith((")", ">"))
+
+
 def with_functions(value: Any, ours: Any) -> Any:
     """A loaded value, with ours where a function was saved: None or its repr stand for it."""
-    if isinstance(value, str) and (callable(ours) or is_number(ours)):
+    if is_repr(value) and (callable(ours) or is_number(ours)):
         if value != repr(ours):
             warnings.warn(
                 f"{value} was saved, which only a program can hold; {ours!r} is kept", stacklevel=6
