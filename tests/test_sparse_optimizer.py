@@ -284,4 +284,9 @@ def test_visitors_see_no_mask():
     opt = made()
     opt.visit_state(jnp.zeros_like)
     assert mask_of(opt).sum() == 24
+
+
+def test_torch_sees_no_mask():
+    pytest.importorskip("torch")
+    opt = made()
     assert opt.torch_state_dict()["state"][1].keys() == {"exp_avg", "exp_avg_sq", "step"}
