@@ -6,6 +6,7 @@ and in how a group says whether decay is decoupled. Our optimizers take either.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,10 +39,16 @@ def to_torch(run: Run) -> Run:
       ValueError: if the optimizer does something that torch's does not, or its steps cannot be
         told any more.
     """
-    groups = [
-        {**g, "eps": g["eps"].eps} if isinstance(g.get("eps"), torch_eps) else g for g in run.groups
-    ]
+    groups = [{**g, "eps": _plain_eps(g["eps"])} if "eps" in g else g for g in run.groups]
     return _translated(dataclasses.replace(run, groups=groups), _torch_entry, _torch_group)
+
+
+def _plain_eps(value: Any) -> Any:
+    """torch's eps of the schedule `torch_eps`, or of what stands for it in a state dict."""
+    if isinstance(value, torch_eps):
+        return value.eps
+    found = re.fullmatch(r"torch_eps\(eps=([^,()]+), beta2=[^,()]+\)", str(value))
+    return float(found[1]) if found else value
 
 
 def to_cerebras(run: Run) -> Run:
