@@ -230,6 +230,12 @@ def test_random_values_of_random_arguments(case, value):
     assert outcome(make, argument, value) in WORDS
 
 
+@pytest.mark.parametrize("case", [c for c in NAMES if c.endswith(("_warmup", "warmup_steps", "t0"))])
+def test_whole_numbers_beyond_those_of_a_program(case):
+    argument, make = NAMES[case]
+    assert outcome(make, argument, 10**12) in WORDS
+
+
 def test_the_examples_of_the_fuzz_are_right_themselves():
     """Else every value would be refused, for another reason."""
     assert len(CASES) > 300

@@ -73,8 +73,17 @@ def bind(
 
 
 def normalize(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists become tuples, so that ``betas`` from YAML and from Python are the same structure."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in hyper.items()}
+    """Values in the form in which programs take them.
+
+    Lists become tuples, so that ``betas`` from YAML and from Python are the same structure; whole
+    numbers beyond those of a program become floats.
+    """
+    return {k: tuple(v) if isinstance(v, list) else _narrowed(v) for k, v in hyper.items()}
+
+
+def _narrowed(x: Any) -> Any:
+    is_large = isinstance(x, int) and not isinstance(x, Whole) and abs(x) >= 2**31
+    return float(x) if is_large and abs(x) < 2**1023 else x
 
 
 def partition(
