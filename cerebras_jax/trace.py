@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from cerebras_jax.checks import any_traced, is_number, is_traced
 from cerebras_jax.donation import Donate, Donor
+from cerebras_jax.engine.placement import Placement, Placements, beside
 from cerebras_jax.programs import Programs
 from cerebras_jax.signals import deferred_signals
 from cerebras_jax.stateful import OUTSIDE, Memento, Stateful, is_nnx, is_reference
@@ -60,7 +61,7 @@ def trace(fn: Callable[P, R], donate: Donate = "auto") -> Callable[P, R]:
     >>> opt.params["w"]
     Array([0.5, 1.5], dtype=float32)
     """
-    donor = Donor(donate)
+    donor, placements = Donor(donate), Placements()
     programs: Programs[_Key, _Program] = Programs(functools.partial(_Program, fn))
 
     @functools.wraps(fn)
@@ -70,7 +71,7 @@ def trace(fn: Callable[P, R], donate: Donate = "auto") -> Callable[P, R]:
             for lock in call.locks():
                 stack.enter_context(lock)
             while True:
-                call.take_apart()
+                call.take_apart(placements)
                 try:
                     return programs.get(call.key, call.owners()).run(call, donor)
                 except _BecameLive as change:
@@ -93,8 +94,9 @@ _ARRAY = _Slot("array", None)
 class _Key:
     """What decides which program serves a call; its hash is worked out once."""
 
-    def __init__(self, *parts: Any):
-        self.parts = parts
+    def __init__(self, *parts: Any, placement: Placement):
+        self.placement = placement
+        self.parts = (*parts, placement)
         try:
             self.hash = hash(parts)
         except TypeError as error:
@@ -140,7 +142,7 @@ class _Call:
     def owners(self) -> list[Any]:
         return [*self.objects, *self.modules]
 
-    def take_apart(self) -> None:
+    def take_apart(self, placements: Placements) -> None:
         """Sets the arrays, the numbers, and the key of the program."""
         for obj in self.objects:
             obj.check()
@@ -150,6 +152,7 @@ class _Call:
         self.numbers = [o.as_arguments(p.numbers) for o, p in zip(self.objects, parts, strict=True)]
         self.hints = [obj.hints() for obj in self.objects]
         self.graphdef, self.module_state = nnx.split(tuple(self.modules))
+        placement = self._settle(placements)
         self.key = _Key(
             self.treedef,
             self.slots,
@@ -157,7 +160,16 @@ class _Call:
             tuple(p.static for p in parts),
             tuple(self.hints),
             self.graphdef,
+            placement=placement,
         )
+
+    def _settle(self, placements: Placements) -> Placement:
+        """Where the arrays lie and stay, once what lies nowhere is beside the others."""
+        if jax.device_count() == 1:
+            return None
+        leaves = jax.tree.leaves((self.arrays, self.module_state))
+        self.arrays, self.module_state = beside((self.arrays, self.module_state), leaves)
+        return placements.of(jax.tree.leaves((self.arrays, self.module_state)))
 
     def donated(self, donor: Donor) -> tuple[list[list[Any]], Any]:
         """The arrays, of which nobody else holds one."""
@@ -208,7 +220,10 @@ class _Program:
         self.fn, self.key = fn, key
         self.call: _Call | None = None  # while it is traced
         self.hints: list[Any] = []  # of the objects after the step
-        self.compiled = jax.jit(self._body, donate_argnums=0)
+        self.structure: Any = None  # of the results that replace what was given away
+        placement = key.placement
+        where = {} if placement is None else {"out_shardings": ([*placement], None, None)}
+        self.compiled = jax.jit(self._body, donate_argnums=0, **where)
 
     def run(self, call: _Call, donor: Donor) -> Any:
         """Runs the step, and puts the results into the objects."""
@@ -219,7 +234,7 @@ class _Program:
         with deferred_signals():
             self.call = call
             try:
-                arrays, changed, out = self.compiled(donated, call.numbers, call.inputs)
+                results, changed, out = self.compiled(donated, call.numbers, call.inputs)
             except Exception as error:
                 lost = [x for x in call.held() if not is_traced(x) and x.is_deleted()]
                 if lost:
@@ -230,9 +245,9 @@ class _Program:
                 raise
             finally:
                 self.call = None
-            if not was_traced and any_traced(jax.tree.leaves((arrays, changed))):
+            if not was_traced and any_traced(jax.tree.leaves((results, changed))):
                 raise RuntimeError(OUTSIDE.format(name="an argument of a traced function"))
-            self._write_back(call, arrays, changed)
+            self._write_back(call, self.structure.unflatten(results), changed)
         return out
 
     def _write_back(self, call: _Call, results: Any, changed: Any) -> None:
@@ -276,7 +291,9 @@ class _Program:
             ]
             self.hints = [obj.hints() for obj in call.objects]
             # The donated arrays come first: JAX pairs buffers with results by shape and order.
-            return ([p.arrays for p in after], new_module_state), changed, out
+            kept = ([p.arrays for p in after], new_module_state)
+            results, self.structure = jax.tree.flatten(kept)
+            return results, changed, out
 
 
 def _check_no_variables(arguments: Any) -> None:

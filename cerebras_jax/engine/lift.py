@@ -26,6 +26,7 @@ from cerebras_jax.engine.leaf import (
     is_rounded,
     leaf_steps,
 )
+from cerebras_jax.engine.placement import beside
 from cerebras_jax.engine.rule import Rule
 from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
 from cerebras_jax.types import Array, Params
@@ -190,9 +191,11 @@ def lift(
         kind = type(rows[0] if rows else _scalar_state(rule))
         check_state_dtype(kind._fields, state_dtype)
         shape = (len(leaves),) if per_leaf_clocks else ()
+        clock = jax.tree.map(lambda x: jnp.full(shape, hypers.as_number(x)), rule.clock)
+        count, clock = beside((jnp.zeros(shape, jnp.int32), clock), leaves)
         return RuleState(
-            count=jnp.zeros(shape, jnp.int32),
-            clock=jax.tree.map(lambda x: jnp.full(shape, hypers.as_number(x)), rule.clock),
+            count=count,
+            clock=clock,
             states=_columns(kind, treedef, rows) if rows else _no_rows(rule, treedef),
             low_bits=treedef.unflatten(
                 [jnp.zeros_like(x, jnp.int16) if is_rounded(x) else None for x in arrays]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from cerebras_jax.checks import is_number
 from cerebras_jax.engine import rounding
 from cerebras_jax.engine.hyper import normalize, saturating_increment
+from cerebras_jax.engine.placement import Placements, beside
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_known, load_shared
 from cerebras_jax.optim import clocks, entries, numbers
@@ -30,7 +31,7 @@ class PairOptimizer(Optimizer):
     maker: ClassVar[Maker]
     counts_steps: ClassVar[bool] = False
     states_to_sparsify: ClassVar[tuple[str, ...]] = ()
-    transient = (*Optimizer.transient, "_cache")
+    transient = (*Optimizer.transient, "_cache", "_where")
     special = Optimizer.special | {
         *("_state", "_structure", "_groups", "_same", "_checked", "_keys", "_fitted"),
         "defaults",
@@ -100,6 +101,14 @@ class PairOptimizer(Optimizer):
         catalogue = self._catalogue()
         shared = catalogue.shared | catalogue.guard
         return self._full_entries(), entries.read(self._state, shared, {}), self._checked
+
+    def _take_state(self, state: Any) -> None:
+        """A new state, in the place of the old one; what lies nowhere goes beside the parameters."""
+        state = beside(state, self._values())
+        self._state, self._structure = jax.tree.flatten(state)
+
+    def _placements(self) -> Placements:
+        return vars(self).setdefault("_where", Placements())
 
     def _allocate(self, kept: Any = None) -> None:
         self._state = []
@@ -215,8 +224,7 @@ class PairOptimizer(Optimizer):
         guard = self._guard()
         if guard == self._fitted:
             return
-        tree = guard.fitted(self._structure.unflatten(self._state))
-        self._state, self._structure = jax.tree.flatten(tree)
+        self._take_state(guard.fitted(self._structure.unflatten(self._state)))
         self._fitted = guard
         vars(self).pop("_cache", None)
 

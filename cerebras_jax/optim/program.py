@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cerebras_jax.engine.placement import Placement
 from cerebras_jax.engine.trees import as_array, check_grads, leaf_paths
 from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.optim.makers import How, Maker
@@ -40,6 +41,7 @@ class Plan:
       guard: what watches over the step.
       around: the wrappers, outermost first.
       how: how arrays are kept.
+      placement: where the arrays of state and parameters lie, and stay; see `Placements`.
     """
 
     maker: Maker
@@ -54,6 +56,7 @@ class Plan:
     guard: Guard
     around: tuple[Wrapper, ...]
     how: How
+    placement: Placement = None
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -182,7 +185,11 @@ class Program:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.run = jax.jit(functools.partial(_take_step, plan), donate_argnums=(0, 1))
+        where: dict[str, Any] = {}
+        if plan.placement is not None:
+            n = plan.state.num_leaves
+            where = {"out_shardings": ([*plan.placement[:n]], [*plan.placement[n:]])}
+        self.run = jax.jit(functools.partial(_take_step, plan), donate_argnums=(0, 1), **where)
 
 
 _PROGRAMS: Programs[Plan, Program] = Programs(Program)

@@ -8,11 +8,13 @@ from typing import Any, Generic, ParamSpec, cast, overload
 import jax
 import jax.numpy as jnp
 
+from cerebras_jax import sharding
 from cerebras_jax.checks import any_traced, is_traced
 from cerebras_jax.donation import Donate
 from cerebras_jax.engine.hyper import bind, needs_other_buffers, normalize
 from cerebras_jax.engine.leaf import Rounding, StateDtype
 from cerebras_jax.engine.lift import check_buffers
+from cerebras_jax.engine.placement import Placement
 from cerebras_jax.engine.trees import check_grads
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import check_keys
@@ -50,6 +52,9 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         step, whatever they have collected for it.
       donate: whether a step gives the old buffers away: "auto", those that nobody else holds;
         True, all of them; False, none.
+      zero_axis: a mesh axis over which the parameters are replicated, such as ``"data"``: every
+        state is split over it (ZeRO-1); see `sharding.state`. Parameters and states stay where
+        they are in every step.
     """
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -71,6 +76,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         rounding: Rounding = ...,
         around: Sequence[Wrapper] = ...,
         donate: Donate = ...,
+        zero_axis: str | None = ...,
         **kwargs: Any,
     ) -> None: ...
     def __init__(
@@ -82,6 +88,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         rounding: Rounding = "nearest",
         around: Sequence[Wrapper] = (),
         donate: Donate = "auto",
+        zero_axis: str | None = None,
         **kwargs: Any,
     ):
         arguments = normalize(bind(self.maker.factory, type(self).__name__, args, kwargs))
@@ -91,6 +98,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self.around = tuple(around)
         self.state_dtype = state_dtype
         self.rounding: Rounding = rounding
+        self.zero_axis = zero_axis
         self._live_keys = self.maker.live(arguments)
         self.skip_nonfinite, self.skip_spikes, self.measure_gradients = False, None, False
         self._structure, self._same, self._groups = None, None, ()
@@ -107,8 +115,12 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self._fitted = self._guard()
         plan = self._plan(statics, (), self._fitted, None)
         tx = transformation(plan, values, [getattr(self, name) for name in self._fitted.clips])
-        state = tx.init(plan.params.unflatten(self._values()))
-        self._state, self._structure = jax.tree.flatten(state)
+        params = plan.params.unflatten(self._values())
+        if self.zero_axis is None:
+            state = tx.init(params)
+        else:
+            state = sharding.init(tx, params, zero_axis=self.zero_axis)
+        self._take_state(state)
         vars(self).pop("_cache", None)
         self._catalogue()
 
@@ -176,7 +188,9 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             guard, bounds = self._guard_with(scaler, bounds)
         values, statics = self._arguments()
         absent = tuple(i for i, g in enumerate(grads) if g is None)
-        program = self._program(statics, absent, guard)
+        params = self._values()
+        placement = self._placements().of([*self._state, *params])
+        program = self._program(statics, absent, guard, placement)
         inputs = Inputs(
             grads,
             values,
@@ -184,7 +198,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             loss if guard.judges else None,
             None if scaler is None else scaler.state.loss_scale,
         )
-        params, was_traced = self._values(), self.is_traced()
+        was_traced = self.is_traced()
         if not was_traced:
             if any_traced(grads):
                 raise RuntimeError(OUTSIDE.format(name="the optimizer"))
@@ -237,19 +251,28 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         is_static = key in self.defaults and key not in self._live_keys
         return not is_static and super()._is_live(key, value, live)
 
-    def _program(self, statics: tuple, absent: tuple[int, ...], guard: Guard) -> Program:
+    def _program(
+        self, statics: tuple, absent: tuple[int, ...], guard: Guard, placement: Placement
+    ) -> Program:
         """The compiled step; the same object as long as nothing static changes."""
         if self._same is None:
             self._same = clocks.known(self._members(), self._catalogue().of, self._state)
-        key = (statics, absent, guard, self._same, self.around)
+        key = (statics, absent, guard, self._same, self.around, placement)
         cache = vars(self).setdefault("_cache", {})
         found = cache.get("program")
         if found is None or found[0] != key or found[1].plan.state is not self._structure:
-            plan = self._plan(statics, absent, guard, self._structure)
+            plan = self._plan(statics, absent, guard, self._structure, placement)
             found = cache["program"] = key, program_of(plan, self)
         return found[1]
 
-    def _plan(self, statics: tuple, absent: tuple[int, ...], guard: Guard, state: Any) -> Plan:
+    def _plan(
+        self,
+        statics: tuple,
+        absent: tuple[int, ...],
+        guard: Guard,
+        state: Any,
+        placement: Placement = None,
+    ) -> Plan:
         path_of = self._paths()
         return Plan(
             maker=self.maker,
@@ -264,6 +287,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             guard=guard,
             around=self.around,
             how=How(self.state_dtype, self.rounding),
+            placement=placement,
         )
 
     # --- hyper-parameters --------------------------------------------------------------------

@@ -57,9 +57,7 @@ class SparseOptimizer(PairOptimizer):
             self._regroup()
             params = self._treedef().unflatten(self._values())
             state = self._structure.unflatten(self._state)
-            self._state, self._structure = jax.tree.flatten(
-                self._masking(chosen).fitted(state, params)
-            )
+            self._take_state(self._masking(chosen).fitted(state, params))
             self._sparsity = chosen
             vars(self).pop("_cache", None)
             self._prune()
