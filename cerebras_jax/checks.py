@@ -228,7 +228,7 @@ def check_whole(name: str, value: Any, low: int, high: int | None = None) -> Non
     ValueError: split must be a whole number >= 1, got 0
     """
     rule = f">= {low}" if high is None else f"from {low} to {high}"
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+    if not isinstance(value, int | np.integer) or isinstance(value, bool | np.timedelta64):
         kind = "a traced number" if is_traced(value) else shown(value)
         raise TypeError(f"{name} must be a whole number {rule}, fixed at construction, got {kind}")
     if value < low or (high is not None and value > high):

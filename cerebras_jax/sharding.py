@@ -45,7 +45,7 @@ def state(
     >>> params = {"w": jax.ShapeDtypeStruct((8, 4), "float32", sharding=like)}
     >>> shapes, shardings = state(optax.adam(1e-3), params)
     >>> tuple(shardings[0].mu["w"].spec), tuple(shardings[0].count.spec)
-    (('data', None), ())
+    (('data',), ())
     """
     mesh = _one_mesh(params)
     if zero_axis is not None and zero_axis not in mesh.axis_names:
@@ -63,6 +63,8 @@ def state(
         full = [*spec, *[None] * (x.ndim - len(spec))]
         if zero_axis is not None:
             full = _with_axis(x.shape, full, zero_axis, mesh)
+        while full and full[-1] is None:  # one way to write it: JAX compares specs as written
+            full.pop()
         return NamedSharding(mesh, PartitionSpec(*full))
 
     with jax.sharding.use_abstract_mesh(explicit):
@@ -83,7 +85,7 @@ def init(tx: optax.GradientTransformation, params: Any, *, zero_axis: str | None
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> params = jax.device_put({"w": jax.numpy.ones((8, 4))}, NamedSharding(mesh, PartitionSpec()))
     >>> tuple(init(optax.adam(1e-3), params, zero_axis="data")[0].nu["w"].sharding.spec)
-    ('data', None)
+    ('data',)
     """
     _, shardings = state(tx, params, zero_axis=zero_axis)
     return jax.jit(tx.init, out_shardings=shardings)(params)

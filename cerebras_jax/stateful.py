@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from cerebras_jax.checks import is_traced
 
@@ -101,8 +102,11 @@ class Stateful:
     def check(self) -> None:
         """Hook: called before a traced step; refuses values that were edited to nonsense."""
 
-    def as_arguments(self, numbers: list[Any]) -> list[Any]:
-        """Hook: the numbers as arguments of a program, of one type whatever their values."""
+    def as_arguments(self, numbers: list[Any], mesh: Mesh | None = None) -> list[Any]:
+        """Hook: the numbers as arguments of a program, of one type whatever their values.
+
+        With a mesh, they lie on all of its devices, where a step leaves them.
+        """
         return numbers
 
     def constants(self) -> list[Any]:

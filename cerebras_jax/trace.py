@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from cerebras_jax.checks import any_traced, is_number, is_traced
 from cerebras_jax.donation import Donate, Donor
-from cerebras_jax.engine.placement import Placement, Placements, beside
+from cerebras_jax.engine.placement import Placement, Placements, beside, mesh_of
 from cerebras_jax.programs import Programs
 from cerebras_jax.signals import deferred_signals
 from cerebras_jax.stateful import OUTSIDE, Memento, Stateful, is_nnx, is_reference
@@ -149,10 +150,11 @@ class _Call:
         parts = [obj.parts() for obj in self.objects]
         self.arrays = [p.arrays for p in parts]
         self.given = [p.numbers for p in parts]
-        self.numbers = [o.as_arguments(p.numbers) for o, p in zip(self.objects, parts, strict=True)]
         self.hints = [obj.hints() for obj in self.objects]
         self.graphdef, self.module_state = nnx.split(tuple(self.modules))
-        placement = self._settle(placements)
+        mesh, placement = self._settle(placements)
+        given = zip(self.objects, self.given, strict=True)
+        self.numbers = [obj.as_arguments(numbers, mesh) for obj, numbers in given]
         self.key = _Key(
             self.treedef,
             self.slots,
@@ -163,13 +165,13 @@ class _Call:
             placement=placement,
         )
 
-    def _settle(self, placements: Placements) -> Placement:
-        """Where the arrays lie and stay, once what lies nowhere is beside the others."""
+    def _settle(self, placements: Placements) -> tuple[Mesh | None, Placement]:
+        """The mesh, and where the arrays lie and stay; what lay nowhere lies beside the others."""
         if jax.device_count() == 1:
-            return None
-        leaves = jax.tree.leaves((self.arrays, self.module_state))
-        self.arrays, self.module_state = beside((self.arrays, self.module_state), leaves)
-        return placements.of(jax.tree.leaves((self.arrays, self.module_state)))
+            return None, None
+        mesh = mesh_of(jax.tree.leaves((self.arrays, self.module_state)))
+        self.arrays, self.module_state = beside((self.arrays, self.module_state), mesh)
+        return mesh, placements.of(jax.tree.leaves((self.arrays, self.module_state)))
 
     def donated(self, donor: Donor) -> tuple[list[list[Any]], Any]:
         """The arrays, of which nobody else holds one."""

@@ -26,7 +26,7 @@ from cerebras_jax.engine.leaf import (
     is_rounded,
     leaf_steps,
 )
-from cerebras_jax.engine.placement import beside
+from cerebras_jax.engine.placement import beside, mesh_of
 from cerebras_jax.engine.rule import Rule
 from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
 from cerebras_jax.types import Array, Params
@@ -192,7 +192,7 @@ def lift(
         check_state_dtype(kind._fields, state_dtype)
         shape = (len(leaves),) if per_leaf_clocks else ()
         clock = jax.tree.map(lambda x: jnp.full(shape, hypers.as_number(x)), rule.clock)
-        count, clock = beside((jnp.zeros(shape, jnp.int32), clock), leaves)
+        count, clock = beside((jnp.zeros(shape, jnp.int32), clock), mesh_of(leaves))
         return RuleState(
             count=count,
             clock=clock,

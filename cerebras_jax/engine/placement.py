@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cerebras_jax.checks import is_traced
 
@@ -22,13 +22,12 @@ def mesh_of(arrays: Sequence[Any]) -> Mesh | None:
     return None
 
 
-def beside(tree: Any, params: Sequence[Any]) -> Any:
+def beside(tree: Any, mesh: Mesh | None) -> Any:
     """The tree, with what lies nowhere in particular on every device of the parameters' mesh.
 
     Step counts and the like would be moved there by the first step, which would then be another
     program than the second, and could not be restored beside the parameters.
     """
-    mesh = mesh_of(params)
     if mesh is None:
         return tree
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -37,6 +36,14 @@ def beside(tree: Any, params: Sequence[Any]) -> Any:
 
 def _is_adrift(x: Any) -> bool:
     return isinstance(x, jax.Array) and not is_traced(x) and not x.committed
+
+
+def explicit_shardings(tree: Any) -> tuple[Any, Any]:
+    """The mesh with explicit axes that arrays or tracers lie on, or None; and their shardings."""
+    where = jax.tree.map(lambda x: jax.typeof(x).sharding, tree)
+    meshes = (s.mesh for s in jax.tree.leaves(where))
+    mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
+    return mesh, where
 
 
 class Placements:

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cerebras_jax.checks import is_number, is_traced
 from cerebras_jax.engine.hyper import NUMBER, is_constant_zero
+from cerebras_jax.engine.placement import beside
 from cerebras_jax.stateful import Slot, freeze, unslotted
 from cerebras_jax.types import Array
 
@@ -83,13 +85,18 @@ def join(numbers: Iterable[Any], static: tuple) -> dict[str, Any]:
     }
 
 
-def as_argument(x: Any) -> Any:
-    """A number as an argument of a compiled step: always the same type, whatever the value."""
+def as_argument(x: Any, mesh: Mesh | None = None) -> Any:
+    """A number as an argument of a compiled step: always the same type, whatever the value.
+
+    It lies on every device of the mesh, if one is given, as those do that a step returns.
+    """
     if is_traced(x):
         return x
     dtype = jax.dtypes.canonicalize_dtype(float)
     if isinstance(x, jax.Array):
-        return x.astype(dtype)
+        return beside(x.astype(dtype), mesh)
+    if mesh is not None:
+        return _on_mesh(float(x), dtype, mesh)
     if not jax.sharding.get_abstract_mesh().empty:
         return np.asarray(x, dtype)  # an array made now would belong to the mesh in force
     cached = _on_device(float(x), dtype)
@@ -97,6 +104,12 @@ def as_argument(x: Any) -> Any:
         _on_device.cache_clear()
         cached = _on_device(float(x), dtype)
     return cached
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_mesh(x: float, dtype: Any, mesh: Mesh) -> Array:
+    with jax.ensure_compile_time_eval():
+        return beside(jax.device_put(np.asarray(x, dtype)), mesh)
 
 
 @functools.lru_cache(maxsize=1024)

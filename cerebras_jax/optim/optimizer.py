@@ -139,8 +139,8 @@ class Optimizer(Owner, ABC):
     def _bounds(self) -> dict[str, Any]:
         """The bounds of the gradients that are set, as arguments of a step."""
         Optimizer.check(self)
-        given = {name: getattr(self, name) for name in BOUNDS}
-        return {name: as_argument(x) for name, x in given.items() if x is not None}
+        given, mesh = {name: getattr(self, name) for name in BOUNDS}, self._mesh()
+        return {name: as_argument(x, mesh) for name, x in given.items() if x is not None}
 
     def _gradients(
         self, given: Any, has_aux: bool, loss_scale: Any = None

@@ -5,12 +5,15 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from cerebras_jax.checks import is_traced
 from cerebras_jax.donation import Donor
 from cerebras_jax.engine.hyper import NUMBER, normalize
+from cerebras_jax.engine.placement import mesh_of
 from cerebras_jax.formats.state_dict import check_keys
 from cerebras_jax.optim import numbers as group_numbers
 from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, check_setting
@@ -112,6 +115,10 @@ class Owner(Stateful):
     def _leaves(self) -> list[list[Any]]:
         """The leaves of each source's tree: those that are trained, then the frozen ones."""
         return [[*mine, *rest] for mine, rest in zip(self._trees, self._frozen, strict=True)]
+
+    def _mesh(self) -> Mesh | None:
+        """The mesh of the parameters; None as long as there is only one device."""
+        return None if jax.device_count() == 1 else mesh_of(self._values())
 
     def _is_one_tree(self) -> bool:
         return len(self._sources) == 1 and not self._structured_as_list
@@ -344,12 +351,12 @@ class Owner(Stateful):
     def _is_live(self, key: str, value: Any, live: set[str]) -> bool:
         return group_numbers.is_live(key, value, live)
 
-    def as_arguments(self, numbers: list[Any]) -> list[Any]:
+    def as_arguments(self, numbers: list[Any], mesh: Mesh | None = None) -> list[Any]:
         """See `Stateful`."""
         frozen: list[Any] = []
         freeze(self._frozen, frozen, [])
         n = len(numbers) - len(frozen)
-        return [*(as_argument(x) for x in numbers[:n]), *numbers[n:]]
+        return [*(as_argument(x, mesh) for x in numbers[:n]), *numbers[n:]]
 
     def live(self) -> frozenset[Any]:
         """See `Stateful`."""

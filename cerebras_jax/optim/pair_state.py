@@ -104,7 +104,7 @@ class PairOptimizer(Optimizer):
 
     def _take_state(self, state: Any) -> None:
         """A new state, in the place of the old one; what lies nowhere goes beside the parameters."""
-        state = beside(state, self._values())
+        state = beside(state, self._mesh())
         self._state, self._structure = jax.tree.flatten(state)
 
     def _placements(self) -> Placements:
@@ -187,7 +187,8 @@ class PairOptimizer(Optimizer):
         return {name: entries.read(self._state, places, host) for name, places in of.items()}
 
     def _set_entries(self, given: Mapping[str, Mapping[str, Any]]) -> None:
-        self._state = entries.write(self._state, self._catalogue(), given)
+        written = entries.write(self._state, self._catalogue(), given)
+        self._state = beside(written, self._mesh())
         self._same = None
 
     def _shared(self) -> dict[str, Any]:
@@ -197,7 +198,7 @@ class PairOptimizer(Optimizer):
     def _set_shared(self, values: Mapping[str, Any]) -> None:
         places = self._catalogue().shared | self._catalogue().guard
         for path in places.keys() & values.keys():
-            self._state[places[path].leaf] = values[path]
+            self._state[places[path].leaf] = beside(values[path], self._mesh())
 
     # --- what watches over the steps -----------------------------------------------------------
 

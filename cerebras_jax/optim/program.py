@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cerebras_jax.engine.placement import Placement
+from cerebras_jax.engine.placement import Placement, explicit_shardings
 from cerebras_jax.engine.trees import as_array, check_grads, leaf_paths
 from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.optim.makers import How, Maker
@@ -131,7 +131,21 @@ class Inputs(NamedTuple):
 def _take_step(
     plan: Plan, state: list, params: list, inputs: Inputs
 ) -> tuple[list[Array], list[Array]]:
-    """One step: the leaves of the new state, and the new parameters.
+    """One step, in which XLA chooses the shardings, also where the mesh has explicit axes.
+
+    States need not lie as their parameters do, and the formulas do not say how they meet.
+    """
+    step = functools.partial(_step, plan)
+    mesh, where = explicit_shardings((state, params))
+    if mesh is not None:
+        step = jax.sharding.auto_axes(step, axes=mesh.axis_names, out_sharding=where)
+    return step(state, params, inputs)
+
+
+def _step(
+    plan: Plan, state: list, params: list, inputs: Inputs
+) -> tuple[list[Array], list[Array]]:
+    """The leaves of the new state, and the new parameters.
 
     The state comes first: JAX pairs donated buffers with results by shape and order, and new
     parameters in the buffer of a moment would cost a copy.

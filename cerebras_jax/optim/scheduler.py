@@ -12,8 +12,10 @@ from typing import Any, ClassVar, ParamSpec
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cerebras_jax.checks import check, is_number, is_traced
+from cerebras_jax.engine.placement import beside
 from cerebras_jax.formats.state_dict import plain_value, with_functions
 from cerebras_jax.optim.numbers import LEARNING_RATES, as_argument
 from cerebras_jax.optim.optimizer import Optimizer
@@ -302,11 +304,13 @@ class Scheduler(Stateful, ABC):
             self.optimizer = next(remaining)
         self._refill(Fill(iter(arrays), remaining))
 
-    def as_arguments(self, numbers: list[Any]) -> list[Any]:
+    def as_arguments(self, numbers: list[Any], mesh: Mesh | None = None) -> list[Any]:
         """See `Stateful`."""
         epoch, *values = numbers
         epoch = epoch if isinstance(epoch, jax.Array) else np.asarray(epoch, np.int32)
-        return [epoch, *map(as_argument, values)]
+        if mesh is not None and not is_traced(epoch):
+            epoch = beside(jnp.asarray(epoch), mesh)
+        return [epoch, *(as_argument(x, mesh) for x in values)]
 
     def __repr__(self) -> str:
         epoch = plain_value(self.last_epoch)

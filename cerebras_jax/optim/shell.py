@@ -114,11 +114,12 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         values, statics = self._arguments()
         self._fitted = self._guard()
         plan = self._plan(statics, (), self._fitted, None)
-        tx = transformation(plan, values, [getattr(self, name) for name in self._fitted.clips])
+        bounds = [getattr(self, name) for name in self._fitted.clips]
         params = plan.params.unflatten(self._values())
         if self.zero_axis is None:
-            state = tx.init(params)
-        else:
+            state = transformation(plan, values, bounds).init(params)
+        else:  # numbers of the host: the shardings are found out on another mesh
+            tx = transformation(plan, *jax.device_get((values, bounds)))
             state = sharding.init(tx, params, zero_axis=self.zero_axis)
         self._take_state(state)
         vars(self).pop("_cache", None)
@@ -235,15 +236,15 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         if scaler.max_gradient_norm is not None:
             if "max_gradient_norm" in bounds:
                 raise ValueError("max_gradient_norm is set on the optimizer and on the scaler")
-            bounds = {"max_gradient_norm": as_argument(scaler.max_gradient_norm), **bounds}
+            bounds = {"max_gradient_norm": as_argument(scaler.max_gradient_norm, self._mesh()), **bounds}
         return dataclasses.replace(self._fitted, clips=tuple(bounds), skip_nonfinite=True), bounds
 
     def _arguments(self) -> tuple[list[list[Any]], tuple]:
         """Per group, the numbers of a step and what is static; edited values are checked."""
-        values, statics = [], []
+        values, statics, mesh = [], [], self._mesh()
         for i, hyper in enumerate(self._checked_hyper()):
             mine, marks = self._split(i, hyper)
-            values.append([as_argument(x) for x in mine])
+            values.append([as_argument(x, mesh) for x in mine])
             statics.append(marks)
         return values, tuple(statics)
 
