@@ -252,5 +252,3 @@ def _bytes(n: int) -> str:
         if n >= unit:
             return f"{n / unit:.1f} {name}"
     return f"{n} B"
-
-

@@ -230,7 +230,9 @@ def test_random_values_of_random_arguments(case, value):
     assert outcome(make, argument, value) in WORDS
 
 
-@pytest.mark.parametrize("case", [c for c in NAMES if c.endswith(("_warmup", "warmup_steps", "t0"))])
+@pytest.mark.parametrize(
+    "case", [c for c in NAMES if c.endswith(("_warmup", "warmup_steps", "t0"))]
+)
 def test_whole_numbers_beyond_those_of_a_program(case):
     argument, make = NAMES[case]
     assert outcome(make, argument, 10**12) in WORDS

@@ -103,7 +103,7 @@ class PairOptimizer(Optimizer):
         return self._full_entries(), entries.read(self._state, shared, {}), self._checked
 
     def _take_state(self, state: Any) -> None:
-        """A new state, in the place of the old one; what lies nowhere goes beside the parameters."""
+        """Sets the state; what lies nowhere goes beside the parameters."""
         state = beside(state, self._mesh())
         self._state, self._structure = jax.tree.flatten(state)
 

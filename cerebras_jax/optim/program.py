@@ -142,9 +142,7 @@ def _take_step(
     return step(state, params, inputs)
 
 
-def _step(
-    plan: Plan, state: list, params: list, inputs: Inputs
-) -> tuple[list[Array], list[Array]]:
+def _step(plan: Plan, state: list, params: list, inputs: Inputs) -> tuple[list[Array], list[Array]]:
     """The leaves of the new state, and the new parameters.
 
     The state comes first: JAX pairs donated buffers with results by shape and order, and new

@@ -236,7 +236,8 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         if scaler.max_gradient_norm is not None:
             if "max_gradient_norm" in bounds:
                 raise ValueError("max_gradient_norm is set on the optimizer and on the scaler")
-            bounds = {"max_gradient_norm": as_argument(scaler.max_gradient_norm, self._mesh()), **bounds}
+            bound = as_argument(scaler.max_gradient_norm, self._mesh())
+            bounds = {"max_gradient_norm": bound, **bounds}
         return dataclasses.replace(self._fitted, clips=tuple(bounds), skip_nonfinite=True), bounds
 
     def _arguments(self) -> tuple[list[list[Any]], tuple]:

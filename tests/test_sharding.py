@@ -1,0 +1,336 @@
+"""Many devices: states lie where they should, and everything stays where it is."""
+
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from optimizers import OPTIMIZERS
+
+import cerebras_jax as cjax
+from cerebras_jax import optim, sharding
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+WHOLE = PartitionSpec()
+VALUES = {
+    "dense": {"kernel": jnp.linspace(-1.0, 1.0, 16 * 8).reshape(16, 8), "bias": jnp.ones(8)},
+    "out": jnp.linspace(0.5, 1.5, 8 * 16).reshape(8, 16),
+}
+
+
+def mesh(shape=(8,), names=("data",), kind=AUTO, devices=None):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape), devices=devices)
+
+
+def placed(how, kind=AUTO):
+    """The parameters, and the axis for the states: ZeRO, fully sharded, or on a grid."""
+    if how == "grid":
+        on = mesh((4, 2), ("fsdp", "tp"), kind)
+        specs = {"dense.kernel": ("fsdp", "tp"), "dense.bias": (), "out": ("tp", "fsdp")}
+    else:
+        on, split = mesh(kind=kind), () if how == "zero" else ("data",)
+        specs = dict.fromkeys(("dense.kernel", "dense.bias", "out"), split)
+    where = {k: NamedSharding(on, PartitionSpec(*spec)) for k, spec in specs.items()}
+    tree = {
+        "dense": {"kernel": where["dense.kernel"], "bias": where["dense.bias"]},
+        "out": where["out"],
+    }
+    return jax.device_put(VALUES, tree), {"zero": "data", "grid": None, "fsdp": None}[how]
+
+
+def grads_like(params):
+    return jax.tree.map(lambda x: 0.3 * x, params)
+
+
+def where(opt):
+    return [x.sharding for x in (*jax.tree.leaves(opt.params), *opt.parts().arrays)]
+
+
+def on_one_device(tree, device):
+    shards = (s for x in jax.tree.leaves(tree) for s in x.addressable_shards)
+    return sum(s.data.nbytes for s in shards if s.device == device)
+
+
+@jax.jit
+def loss_of(params):
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+
+
+def run(opt, form):
+    traces = []
+
+    @cjax.trace
+    def traced(opt):
+        traces.append(1)
+        opt.step(lambda params: 0.15 * loss_of(params))
+
+    for _ in range(3):
+        if form == "trace":
+            traced(opt)
+        else:
+            opt.step(grads_like(opt.params))
+    assert len(traces) == (form == "trace")
+    return jax.device_get(opt.params)
+
+
+FIRST = {e.name: e for e in OPTIMIZERS if e.name not in ("soap",)}  # its bases rotate with noise
+
+
+@pytest.mark.parametrize("name", sorted(FIRST))
+@pytest.mark.parametrize(("how", "form"), [("zero", "class"), ("grid", "trace")])
+def test_every_optimizer_on_eight_devices_is_that_on_one(name, how, form):
+    entry = FIRST[name]
+    expected = run(entry.cls(VALUES, **entry.kwargs), "class")
+    params, axis = placed(how)
+    opt = entry.cls(params, zero_axis=axis, **entry.kwargs)
+    before = where(opt)
+    result = run(opt, form)
+    assert where(opt) == before
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "adafactor", "muon"])
+@pytest.mark.parametrize("how", ["zero", "fsdp", "grid"])
+def test_meshes_with_explicit_axes(name, how):
+    entry = FIRST[name]
+    expected = run(entry.cls(VALUES, **entry.kwargs), "class")
+    params, axis = placed(how, EXPLICIT)
+    opt = entry.cls(params, zero_axis=axis, **entry.kwargs)
+    before = where(opt)
+    with jax.set_mesh(params["out"].sharding.mesh):
+        result = run(opt, "class")
+    assert where(opt) == before
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
+
+
+def test_zero_keeps_an_eighth_of_each_state_on_each_device():
+    params, axis = placed("zero")
+    opt = optim.AdamW(params, lr=0.1, zero_axis=axis)
+    moments = 2 * sum(x.nbytes for x in jax.tree.leaves(VALUES))
+    clocks = 3 * len(jax.tree.leaves(VALUES)) * 4
+    for device in jax.devices():
+        assert on_one_device(opt.parts().arrays, device) - on_one_device(params, device) == (
+            moments // 8 + clocks
+        )
+
+
+def test_one_program_with_a_schedule_a_scaler_and_a_guard(compilations):
+    params, axis = placed("zero")
+    opt = optim.AdamW(params, lr=0.1, zero_axis=axis)
+    opt.max_gradient_norm, opt.skip_nonfinite = 1.0, True
+    sched = optim.lr_scheduler.LinearLR(opt, 0.1, 0.0, 10)
+    scaler = optim.GradScaler("dynamic", init_scale=8.0)
+
+    @cjax.trace
+    def step(opt, sched, scaler):
+        loss = opt.step(loss_of, scaler=scaler)
+        sched.step()
+        return loss
+
+    first = float(step(opt, sched, scaler))
+    with compilations(0):
+        losses = [step(opt, sched, scaler) for _ in range(3)]
+    assert float(losses[-1]) < first
+    before = where(opt)
+    opt.step(loss_of, scaler=scaler)
+    assert where(opt) == before
+
+
+@pytest.mark.parametrize("form", ["class", "trace"])
+def test_optax_pairs_and_wrappers_stay_where_they_are(form):
+    params, axis = placed("zero")
+    cls = optim.optimizer_of(optax.nadamw)
+    around = [lambda tx: optax.MultiSteps(tx, 2), lambda tx: optax.chain(tx, optax.ema(0.9))]
+    opt = cls(params, learning_rate=0.1, zero_axis=axis, around=around)
+    before = where(opt)
+    run(opt, form)
+    assert where(opt) == before
+    assert {s.num_devices for s in before} == {8}
+
+
+def test_copies_loads_and_new_groups_lie_as_before():
+    params, axis = placed("zero")
+    opt = optim.AdamW(params, lr=0.1, zero_axis=axis)
+    opt.step(grads_like(params))
+    before = where(opt)
+    twin = optim.AdamW(placed("zero")[0], lr=0.1, zero_axis=axis)
+    twin.load_state_dict(jax.device_get(opt.state_dict()))
+    for other in (twin, copy.deepcopy(opt), copy.copy(opt)):
+        assert where(other) == before
+        other.step(grads_like(params))
+        assert where(other) == before
+    opt.add_param_group({"params": {"new": params["out"] + 1}})
+    assert opt.state["out"]["exp_avg"].sharding.spec == PartitionSpec("data")
+    assert opt.state["new"]["exp_avg"].sharding.spec == PartitionSpec("data")
+    assert pickle.loads(pickle.dumps(opt)).zero_axis == "data"
+
+
+def test_a_checkpoint_goes_to_any_number_of_devices(tmp_path):
+    params, axis = placed("zero")
+    opt = optim.AdamW(params, lr=0.1, zero_axis=axis)
+    opt.step(grads_like(params))
+    cjax.save(tmp_path / "c", opt=opt)
+    few = mesh((2,), devices=jax.devices()[:2])
+    targets = [
+        (placed("zero")[0], "data"),
+        placed("fsdp"),
+        placed("grid"),
+        (jax.device_put(VALUES, NamedSharding(few, WHOLE)), "data"),
+        (VALUES, None),
+    ]
+    for tree, zero_axis in targets:
+        twin = optim.AdamW(tree, lr=0.1, zero_axis=zero_axis)
+        before = where(twin)
+        cjax.restore(tmp_path / "c", opt=twin)
+        assert where(twin) == before
+        for a, b in zip(twin.parts().arrays, opt.parts().arrays, strict=True):
+            np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
+        twin.step(grads_like(tree))
+        assert where(twin) == before
+
+
+# --- the pure form -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optim.adamw(lr=0.1),
+        optax.chain(optax.clip_by_global_norm(1.0), optim.lamb(lr=0.1)),
+        optim.skip_nonfinite(optim.adafactor(lr=0.1, beta1=0.9)),
+        optax.adafactor(0.1, min_dim_size_to_factor=2),
+        optax.MultiSteps(optim.nadam(lr=0.1), 2).gradient_transformation(),
+    ],
+    ids=["adamw", "chain", "guard", "optax", "multisteps"],
+)
+def test_pure_states_are_made_and_kept_where_they_belong(tx):
+    params, axis = placed("zero")
+    state = sharding.init(tx, params, zero_axis=axis)
+    pins = sharding.shardings_of((state, params))
+
+    def step(state, params):
+        updates, state = tx.update(grads_like(params), state, params)
+        return state, optax.apply_updates(params, updates)
+
+    one_state, one = tx.init(VALUES), VALUES
+    jitted = jax.jit(step, out_shardings=pins)
+    for _ in range(2):
+        state, params = jitted(state, params)
+        one_state, one = step(one_state, one)
+    assert sharding.shardings_of((state, params)) == pins
+    assert jitted._cache_size() == 1
+    moments = [x for x in jax.tree.leaves(state) if x.ndim == 2 and x.size > 8]
+    assert moments
+    assert all(x.sharding.spec[0] == "data" for x in moments)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
+
+
+def test_states_follow_the_layout_of_their_own_parameter_not_of_its_shape():
+    on = mesh((4, 2), ("fsdp", "tp"))
+    like = {
+        "q": jax.ShapeDtypeStruct(
+            (8, 8), "float32", sharding=NamedSharding(on, PartitionSpec("tp"))
+        ),
+        "o": jax.ShapeDtypeStruct(
+            (8, 8), "float32", sharding=NamedSharding(on, PartitionSpec("fsdp", "tp"))
+        ),
+    }
+    shapes, where = sharding.state(optim.adafactor(lr=0.1, beta1=0.9), like)
+    assert where.states.exp_avg["q"].spec == PartitionSpec("tp")
+    assert where.states.exp_avg["o"].spec == PartitionSpec("fsdp", "tp")
+    assert where.states.exp_avg_sq_row["o"].spec == PartitionSpec("fsdp")
+    assert where.states.exp_avg_sq_col["o"].spec == PartitionSpec("tp")
+    assert jax.tree.structure(shapes) == jax.tree.structure(where)
+
+
+def test_an_axis_joins_what_is_there_and_what_it_does_not_divide_stays():
+    on = mesh((4, 2), ("fsdp", "tp"))
+    spec = {"a": ("fsdp",), "b": ("fsdp", "tp"), "c": (), "d": ()}
+    shape = {"a": (8, 3), "b": (4, 6), "c": (3, 4), "d": (3, 5)}
+    like = {
+        k: jax.ShapeDtypeStruct(
+            shape[k], "float32", sharding=NamedSharding(on, PartitionSpec(*spec[k]))
+        )
+        for k in spec
+    }
+    _, where = sharding.state(optax.trace(0.9), like, zero_axis="tp")
+    assert {k: tuple(s.spec) for k, s in where.trace.items()} == {
+        "a": (("fsdp", "tp"),),
+        "b": ("fsdp", "tp"),
+        "c": (None, "tp"),
+        "d": (),
+    }
+
+
+def test_the_plan_of_a_large_model_allocates_nothing():
+    on = AbstractMesh((64, 8), ("fsdp", "tp"))
+    layout = NamedSharding(on, PartitionSpec(None, "fsdp", "tp"))
+    like = {"layers": jax.ShapeDtypeStruct((80, 8192, 28672), "float32", sharding=layout)}
+    plan = sharding.plan(optim.adamw(lr=0.1), like)
+    each = 80 * 8192 * 28672 * 4 // 512
+    assert (plan.devices, plan.parameters, plan.gradients) == (512, each, each)
+    assert plan.states["exp_avg"] == plan.states["exp_avg_sq"] == each
+    assert plan.total == 4 * each + plan.states["count"] + 8
+    assert "exp_avg_sq" in str(plan)
+    assert "GiB" in str(plan)
+
+
+@pytest.mark.parametrize("name", sorted(FIRST))
+def test_arrays_of_more_than_two_to_the_31_elements(name):
+    entry = FIRST[name]
+    like = {"w": jax.ShapeDtypeStruct((2**17, 2**17), "float32")}
+    tx = entry.pure(**entry.kwargs)
+    state = jax.eval_shape(tx.init, like)
+    updates, _ = jax.eval_shape(tx.update, like, state, like)
+    assert updates["w"].shape == (2**17, 2**17)
+
+
+def test_temporaries_are_those_of_the_compiled_update():
+    params, axis = placed("zero")
+    plan = sharding.plan(optim.adamw(lr=0.1), params, zero_axis=axis, compile=True)
+    assert plan.temporaries is not None
+    assert plan.total > plan.parameters
+    on = AbstractMesh((8,), ("data",))
+    like = {"w": jax.ShapeDtypeStruct((8,), "float32", sharding=NamedSharding(on, WHOLE))}
+    with pytest.raises(ValueError, match="needs a mesh with devices"):
+        sharding.plan(optim.adamw(lr=0.1), like, compile=True)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_axes_and_places_that_there_are_not():
+    params, _ = placed("zero")
+    with pytest.raises(ValueError, match=r"zero_axis must be one of \['data'\], got 'dat'"):
+        optim.AdamW(params, lr=0.1, zero_axis="dat")
+    with pytest.raises(ValueError, match=r"parameter .* must lie on a mesh"):
+        optim.AdamW(VALUES, lr=0.1, zero_axis="data")
+    other = jax.device_put(VALUES["out"], NamedSharding(mesh((8,), ("x",)), WHOLE))
+    with pytest.raises(ValueError, match="must lie on one mesh, got 2"):
+        sharding.state(optax.adam(0.1), {"a": params["out"], "b": other})
+
+
+def test_numbers_are_made_for_the_mesh_in_force():
+    """A step on one mesh, then one on another, in any order, with and without a context."""
+    kinds = [mesh((4, 2), ("a", "b"), EXPLICIT), mesh((8,), ("d",), EXPLICIT), mesh((8,), ("d",))]
+    kinds.append(mesh((4,), ("d",), devices=jax.devices()[:4]))
+
+    def one(on: Mesh):
+        tree = jax.device_put(VALUES, NamedSharding(on, WHOLE))
+        opt = optim.SGD(tree, lr=0.1, momentum=0.9)
+        opt.step(grads_like(tree))
+        return jax.device_get(opt.params["out"])
+
+    first = one(kinds[0])
+    for on in kinds:
+        for after in kinds:
+            with jax.set_mesh(on):
+                np.testing.assert_array_equal(one(on), first)
+            np.testing.assert_array_equal(one(after), first)
