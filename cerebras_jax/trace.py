@@ -168,6 +168,7 @@ class _Call:
         """The arrays, of which nobody else holds one."""
         state, treedef = jax.tree.flatten(self.module_state)
         self.module_state = None
+        donor.meet(self.owners())
         arrays, self.arrays = self.arrays, []
         counts = [len(a) for a in arrays]
         flat = [x for a in arrays for x in a]
