@@ -316,7 +316,8 @@ class Optimizer(Owner, ABC):
         something else. One without that entry, such as torch's, is taken if its states fit.
 
         Raises:
-          ValueError: says who wrote it, or names what is missing, unexpected, of another shape, or out of range.
+          ValueError: says who wrote it, or names what is missing, unexpected, of another shape,
+            or out of range.
         """
         with self.lock:
             match = match_parameters(state_dict, self.param_groups)

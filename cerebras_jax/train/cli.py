@@ -18,6 +18,7 @@ from cerebras_jax.train import data, folder, report
 from cerebras_jax.train.answers import EXPECTED, one_line, told
 from cerebras_jax.train.convert_cli import convert_command
 from cerebras_jax.train.run import RANGES, Run, TrainSettings, train
+from cerebras_jax.train.tensorboard import Events, import_writer
 from cerebras_jax.yaml_config import read_config
 
 # What of the section ``train`` may be another when a run is resumed.
@@ -80,12 +81,14 @@ def _train_option(name: str, what: str) -> Any:
     type=click.Path(file_okay=False, path_type=Path),
     help="Go on with the run in this folder from its latest checkpoint.",
 )
+@click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard, too.")
 def train_command(
     config: Path | None,
     data: Path | None,
     out: Path | None,
     overwrite: bool,
     resume: Path | None,
+    tensorboard: bool,
     **options: Any,
 ) -> None:
     """Train a small byte-level GPT with the optimizer of CONFIG.yaml.
@@ -98,13 +101,18 @@ def train_command(
 
     A run that was interrupted or killed goes on with --resume RUN, and the same --data, as if it
     had not been; --steps may be more than before.
+
+    With --tensorboard, RUN/tensorboard gets the metrics, for `tensorboard --logdir RUN`.
     """
     console = report.plain_console()
     with told():
+        if tensorboard:
+            import_writer()  # before anything is written
         run, run_folder, checkpoints, start = _begin(config, data, out, overwrite, resume, options)
+        events = Events(run_folder / folder.EVENTS, start) if tensorboard else None
     if resume is not None:
         console.print(f"resumed after {start} steps")
-    result = train(run, run_folder, console, checkpoints, start)
+    result = train(run, run_folder, console, checkpoints, start, events)
     if result.steps:
         console.print(
             f"{'interrupted, ' if result.interrupted else ''}{result.steps} steps in "
