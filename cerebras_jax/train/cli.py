@@ -12,6 +12,7 @@ import click
 import yaml
 
 from cerebras_jax.checkpoint import Checkpoints, inspect
+from cerebras_jax.checkpoint.files import latest
 from cerebras_jax.messages import shown
 from cerebras_jax.recipe import Recipe, load_recipe
 from cerebras_jax.train import data, folder, report
@@ -191,12 +192,7 @@ def _check_same(stored: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
 def inspect_command(checkpoint: Path, verify: bool) -> None:
     """Print what is in CHECKPOINT, or in the latest one of a run's folder."""
     with told():
-        for path in (checkpoint / folder.CHECKPOINTS, checkpoint):
-            steps = [x for x in path.glob("*") if x.name.isdecimal()] if path.is_dir() else []
-            if steps:
-                checkpoint = max(steps, key=lambda x: int(x.name))
-                break
-        contents = str(inspect(checkpoint, verify=verify))
+        contents = str(inspect(latest(checkpoint), verify=verify))
     report.plain_console().print(report.printable(contents, keep="\n"))
 
 
