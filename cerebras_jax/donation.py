@@ -7,6 +7,7 @@ given away is dead, so before a step every array that somebody else may still re
 import itertools
 import sys
 import sysconfig
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -66,6 +67,14 @@ class Donor:
         self.copied = 0
         self._live = -1
         self._has_aliases = False
+        self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def meet(self, owners: Sequence[Any]) -> None:
+        """Says whose arrays come next: those of a new owner may be somebody else's, too."""
+        for owner in owners:
+            if self._known.get(id(owner)) is not owner:
+                self._known[id(owner)] = owner
+                self._live = -1
 
     def ready(self, *lists: list[Any], owners: Sequence[int]) -> list[list[Any]]:
         """The arrays of each list, with copies in place of those that somebody else holds too.
@@ -89,33 +98,50 @@ class Donor:
         counts = _counts(leaves)
         if max(counts, default=0) <= alone and not aliased:
             return leaves
-        held = [n > alone or _pointer(x) in aliased for x, n in zip(leaves, counts, strict=True)]
+        held = [n > alone or id(x) in aliased for x, n in zip(leaves, counts, strict=True)]
         self.copied += sum(held)
         return [_copy(x) if is_held else x for x, is_held in zip(leaves, held, strict=True)]
 
     def _aliased(self, lists: Sequence[list[Any]]) -> set[int]:
-        """Buffers of ours that an array uses which does not hold ours.
+        """Ids of those of ours whose buffers an array uses that is not ours.
 
-        ``jax.device_put(x, device)`` and ``x.addressable_data(0)`` make such arrays. Looking at
-        all live arrays costs time, so it is done when there are more of them than before.
+        ``jax.device_put(x, device)`` and ``x.addressable_data(0)`` make such arrays, and so does
+        replicating x on several devices. Looking at all live arrays costs time, so it is done when
+        there are more of them than before.
         """
         live = jax.live_arrays()
         if len(live) <= self._live and not self._has_aliases:
             return set()
         leaves = list(itertools.chain.from_iterable(lists))
         mine = {id(x) for x in leaves}
-        pointers = {_pointer(x) for x in leaves} - {None}
-        theirs = (_pointer(x) for x in live if id(x) not in mine)
-        found = {p for p in theirs if p is not None and p in pointers}
+        kinds = {_kind(x) for x in leaves} - {None}
+        theirs = [x for x in live if id(x) not in mine and _kind(x) in kinds]
+        alone = {d for x in theirs if len(ds := x.sharding.device_set) == 1 for d in ds}
+        buffers = {buffer for x in theirs for buffer in _buffers(x, alone)}
+        found = {id(x) for x in leaves if theirs and not buffers.isdisjoint(_buffers(x, alone))}
         self._live, self._has_aliases = len(live), bool(found)
         return found
 
 
-def _pointer(x: Any) -> int | None:
-    """Where an array lies, if it lies in one place."""
-    if not isinstance(x, jax.Array) or is_traced(x) or len(x.sharding.device_set) > 1:
+def _kind(x: Any) -> Any:
+    """What arrays on one buffer have in common; None if x has no buffer."""
+    if not isinstance(x, jax.Array) or is_traced(x) or x.is_deleted() or not x.size:
         return None
-    return None if x.is_deleted() or not x.size else x.unsafe_buffer_pointer()
+    return x.sharding.shard_shape(x.shape), x.dtype
+
+
+def _buffers(x: Any, devices: set[Any]) -> list[tuple[Any, int]]:
+    """Where an array lies: of several devices on the first, and on those that are given."""
+    if _kind(x) is None:
+        return []
+    if len(x.sharding.device_set) == 1:
+        return [(*x.sharding.device_set, x.unsafe_buffer_pointer())]
+    local = x.sharding.addressable_devices_indices_map(x.shape)
+    return [
+        (device, x.addressable_data(i).unsafe_buffer_pointer())
+        for i, device in enumerate(local)
+        if i == 0 or device in devices
+    ]
 
 
 def _copy(x: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -23,7 +24,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def trace(fn: Callable[P, R], donate: Donate = "auto") -> Callable[P, R]:
+def trace(fn: Callable[P, R], donate: Donate = "auto", scan: bool = False) -> Callable[P, R]:
     """Compiles a training step as one program that updates its stateful arguments in place.
 
     Optimizers, schedulers, modules and other objects of flax's nnx, and whatever else is
@@ -43,6 +44,9 @@ def trace(fn: Callable[P, R], donate: Donate = "auto") -> Callable[P, R]:
         only while it is compiled.
       donate: whether the old buffers are given away: "auto", those that nobody else holds; True,
         all of them; False, none.
+      scan: one call takes several steps, in one loop on the device: every array among the
+        arguments has a leading axis, of which each step gets one entry, and results are stacked.
+        Python's numbers are the same in all steps.
 
     Returns:
       A function with fn's signature and result. If fn raises, every argument is as before. If the
@@ -51,6 +55,7 @@ def trace(fn: Callable[P, R], donate: Donate = "auto") -> Callable[P, R]:
     Raises:
       RuntimeError: if fn changes the structure of an argument, e.g. adds a parameter group, or an
         object that is no argument.
+      ValueError: if ``scan`` finds no array among the arguments, or leading axes that differ.
 
     >>> from cerebras_jax import optim
     >>> opt = optim.SGD({"w": jnp.array([1.0, 2.0])}, lr=0.5)
@@ -63,7 +68,7 @@ def trace(fn: Callable[P, R], donate: Donate = "auto") -> Callable[P, R]:
     Array([0.5, 1.5], dtype=float32)
     """
     donor, placements = Donor(donate), Placements()
-    programs: Programs[_Key, _Program] = Programs(functools.partial(_Program, fn))
+    programs: Programs[_Key, _Program] = Programs(functools.partial(_Program, fn, scan))
 
     @functools.wraps(fn)
     def traced(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -177,6 +182,7 @@ class _Call:
         """The arrays, of which nobody else holds one."""
         state, treedef = jax.tree.flatten(self.module_state)
         self.module_state = None
+        donor.meet(self.owners())
         arrays, self.arrays = self.arrays, []
         counts = [len(a) for a in arrays]
         flat = [x for a in arrays for x in a]
@@ -218,14 +224,15 @@ class _BecameLive(Exception):
 class _Program:
     """A compiled training step."""
 
-    def __init__(self, fn: Callable[..., Any], key: _Key):
+    def __init__(self, fn: Callable[..., Any], scan: bool, key: _Key):
         self.fn, self.key = fn, key
         self.call: _Call | None = None  # while it is traced
         self.hints: list[Any] = []  # of the objects after the step
         self.structure: Any = None  # of the results that replace what was given away
         placement = key.placement
         where = {} if placement is None else {"out_shardings": ([*placement], None, None)}
-        self.compiled = jax.jit(self._body, donate_argnums=0, **where)
+        body = self._steps if scan else self._body
+        self.compiled = jax.jit(body, donate_argnums=0, **where)
 
     def run(self, call: _Call, donor: Donor) -> Any:
         """Runs the step, and puts the results into the objects."""
@@ -257,15 +264,50 @@ class _Program:
         arrays, module_state = results
         given = zip(call.objects, call.given, arrays, changed, self.hints, strict=True)
         for obj, old, a, new, hints in given:
-            obj.restore(a, [o if n is None else n for n, o in zip(new, old, strict=True)])
+            obj.restore(a, *_merged([new], [old]))
             obj.take_hints(hints)
         if call.modules:
             nnx.update(tuple(call.modules), module_state)
 
+    def _steps(self, donated: Any, numbers: Any, inputs: Any) -> Any:
+        """The traced body of several steps."""
+        objects = self._call().objects
+        with _borrowed(objects):
+            while True:
+                hints = [obj.hints() for obj in objects]
+                result = self._loop(donated, numbers, inputs)
+                if self.hints == hints:
+                    return result
+                for obj, hint in zip(objects, self.hints, strict=True):
+                    obj.take_hints(hint)  # what a step relies on must hold in all of them
+
+    def _loop(self, donated: Any, numbers: Any, inputs: Any) -> Any:
+        moves = [_is_array_type(type(x)) for x in self._call().inputs]
+        arrays = list(itertools.compress(inputs, moves))
+        _check_axes(arrays)
+        is_changed: list[list[bool]] = []
+
+        def step(carry: Any, entries: list[Any]) -> tuple[Any, Any]:
+            remaining = iter(entries)
+            mine = [next(remaining) if m else x for x, m in zip(inputs, moves, strict=True)]
+            results, changed, out = self._body(*carry, mine)
+            is_changed[:] = [[x is not None for x in new] for new in changed]
+            return (self.structure.unflatten(results), _merged(changed, carry[1])), out
+
+        (results, new), out = jax.lax.scan(step, (donated, numbers), arrays)
+        changed = [
+            [x if is_new else None for x, is_new in zip(*pair, strict=True)]
+            for pair in zip(new, is_changed, strict=True)
+        ]
+        return jax.tree.leaves(results), changed, out
+
+    def _call(self) -> _Call:
+        assert self.call is not None  # traced only within `run`
+        return self.call
+
     def _body(self, donated: Any, numbers: Any, inputs: Any) -> Any:
         """The traced body: puts tracers into the objects, runs fn, takes the results out again."""
-        call = self.call
-        assert call is not None  # traced only within `run`
+        call = self._call()
         arrays, module_state = donated
         modules = nnx.merge(call.graphdef, module_state)
         with _borrowed(call.objects):
@@ -296,6 +338,24 @@ class _Program:
             kept = ([p.arrays for p in after], new_module_state)
             results, self.structure = jax.tree.flatten(kept)
             return results, changed, out
+
+
+def _merged(changed: Sequence[Any], numbers: Sequence[Any]) -> list[list[Any]]:
+    """The numbers, with those that were set in their places."""
+    return [
+        [old if new is None else new for new, old in zip(*pair, strict=True)]
+        for pair in zip(changed, numbers, strict=True)
+    ]
+
+
+def _check_axes(arrays: Sequence[Any]) -> None:
+    """Refuses arrays that a loop cannot take apart along their first axes."""
+    shapes = [jnp.shape(x) for x in arrays]
+    if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            "with scan=True the arrays among the arguments must have one leading axis, of the "
+            f"steps, got shapes {shapes}"
+        )
 
 
 def _check_no_variables(arguments: Any) -> None:

@@ -148,13 +148,46 @@ def test_tables_of_benchmarks_show_the_committed_results():
 
 
 WITH_CODE = [p for p in PAGES if re.search(r"^```python$", p.read_text(), re.MULTILINE)]
+OPTIONAL = ("equinox", "haiku")  # without them, only the blocks that import them are left out
+
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def optional_import(block):
+    return next((name for name in OPTIONAL if f"import {name} as" in block), None)
+
+
+def run_block(block, page, namespace, capsys):
+    """Runs a block; what a line prints must be what the comment behind or below it says."""
+    capsys.readouterr()
+    exec(compile(block, page.name, "exec"), namespace)
+    said = re.findall(r"^print\(.*\)(?:  |\n)# (.*)$", block, re.MULTILINE)
+    if said:
+        assert capsys.readouterr().out.splitlines() == said
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.name)
-def test_python_blocks_run(page):
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+def test_python_blocks_run(page, capsys):
+    blocks = python_blocks(page)
     if any("import torch" in block for block in blocks):
         pytest.importorskip("torch")
     namespace: dict = {"__name__": page.stem}
     for block in blocks:
-        exec(compile(block, page.name, "exec"), namespace)
+        if optional_import(block) is None:
+            run_block(block, page, namespace, capsys)
+
+
+LEFT_OUT = [(page, block) for page in WITH_CODE for block in python_blocks(page)[1:]]
+LEFT_OUT = [(page, block) for page, block in LEFT_OUT if optional_import(block)]
+
+
+@pytest.mark.parametrize(
+    ("page", "block"), LEFT_OUT, ids=[f"{p.name}-{optional_import(b)}" for p, b in LEFT_OUT]
+)
+def test_blocks_of_other_libraries_run(page, block, capsys):
+    pytest.importorskip(optional_import(block))
+    namespace: dict = {"__name__": page.stem}
+    run_block(python_blocks(page)[0], page, namespace, capsys)
+    run_block(block, page, namespace, capsys)

@@ -139,3 +139,27 @@ def test_nothing_is_copied_that_nobody_else_holds():
     assert mine[0] is leaves[0]
     assert mine[1] is not kept
     assert donor.copied == 1
+
+
+# --- several devices ------------------------------------------------------------------------------
+
+
+def _replicated(x):
+    mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+    return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+@pytest.mark.parametrize("form", ["grads", "trace of grads"])
+def test_what_was_replicated_on_several_devices_stays(form):
+    """The replica on an array's own device is that array's buffer."""
+    for _ in range(2):  # the second optimizer is new to the traced function
+        given = {k: jnp.asarray(x) + 0 for k, x in fresh().items()}
+        opt = optim.SGD(jax.tree.map(_replicated, given), lr=0.5)
+        FORMS[form](opt)
+        assert not any(x.is_deleted() for x in given.values())
+        chex.assert_trees_all_close(given, fresh())
+        copied = opt.copied
+        del given
+        FORMS[form](opt)
+        FORMS[form](opt)
+        assert opt.copied == copied

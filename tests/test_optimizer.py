@@ -332,7 +332,7 @@ def test_state_dict_continues_exactly(entry):
 def test_state_dict_has_torchs_layout():
     groups = optim.param_groups(PARAMS, [{"params": "scale", "lr": 0.5}])
     d = optim.AdamW(groups, lr=0.1).state_dict()
-    assert set(d) == {"state", "param_groups"}
+    assert set(d) == {"state", "param_groups", "optimizer"}
     assert set(d["state"]) == {0, 1, 2}
     assert d["param_groups"][0]["params"] == [0]
     assert d["param_groups"][0]["param_names"] == ["scale"]

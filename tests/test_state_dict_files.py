@@ -54,6 +54,34 @@ def test_mine_is_kept_and_said(mine):
     assert opt.param_groups[0]["lr"] == mine
 
 
+def test_a_state_dict_says_whose_it_is_and_others_refuse_it():
+    params, saved = (
+        {"w": jnp.ones(2)},
+        optim.AdamW({"w": jnp.ones(2)}, weight_decay=0.1).state_dict(),
+    )
+    assert saved["optimizer"] == "adamw"
+    adam = optim.Adam(params)
+    with pytest.raises(ValueError, match="was saved by adamw, this is adam, whose states mean"):
+        adam.load_state_dict(saved)
+    with pytest.raises(ValueError, match="was saved by adam, this is adamw"):
+        optim.AdamW(params).load_state_dict(adam.state_dict())
+    assert adam.param_groups[0]["weight_decay"] == 0
+    with pytest.raises(TypeError, match="'optimizer' must be the name of an algorithm, got 3"):
+        adam.load_state_dict({**saved, "optimizer": 3})
+    optim.AdamW(params).load_state_dict(saved)
+    del saved["optimizer"]  # as in dicts of torch and Cerebras
+    adam.load_state_dict(saved)
+    assert adam.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_subclasses_share_state_dicts():
+    class Mine(optim.AdamW):
+        pass
+
+    saved = adamw().state_dict()
+    Mine({"w": jnp.ones((8, 2)), "b": jnp.zeros(2)}).load_state_dict(saved)
+
+
 def test_states_go_to_the_shards_they_belong_to():
     mesh = jax.make_mesh((8,), ("a",))
     sharding = NamedSharding(mesh, PartitionSpec("a"))

@@ -293,3 +293,55 @@ def test_a_variable_alone_is_refused():
 
     with pytest.raises(TypeError, match=r"cannot update an nnx.Variable alone"):
         cjax.trace(add)(nnx.Variable(jnp.zeros(2)))
+
+
+# --- several steps in one call --------------------------------------------------------------------
+
+
+def test_a_scan_of_steps_equals_the_steps(compilations):
+    def step(opt, sched, x, factor):
+        loss = opt.step(lambda p: factor * loss_fn(p, x))
+        sched.step()
+        return loss
+
+    xs = np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 4, 2)
+    runs = []
+    for fn, scan in ((cjax.trace(step), False), (cjax.trace(step, scan=True), True)):
+        opt = optim.AdamW(PARAMS, lr=0.1, weight_decay=0.1)
+        sched = lrs.CosineDecayLR(opt, 0.1, 0.0, 10)
+        losses = fn(opt, sched, xs, 2.0) if scan else [fn(opt, sched, x, 2.0) for x in xs]
+        if scan:
+            opt.param_groups[0]["weight_decay"] = 0.2
+            with compilations(0):
+                fn(opt, sched, xs, 2.0)
+            opt.param_groups[0]["weight_decay"] = 0.1
+        else:
+            opt.param_groups[0]["weight_decay"] = 0.2
+            for x in xs:
+                fn(opt, sched, x, 2.0)
+        runs.append((np.array(losses), opt.params, opt.param_groups[0]["lr"], sched.last_epoch))
+    chex.assert_trees_all_close(*runs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_scan_of_steps_with_a_module_and_missing_gradients():
+    xs, runs = np.ones((3, 4, 2), np.float32), []
+    for scan in (False, True):
+        model = Net(nnx.Rngs(0))
+        opt = optim.AdamW(model, lr=0.1)
+        fn = cjax.trace(lambda opt, x: opt.step(lambda m: (m(x) ** 2).mean()), scan=scan)
+        partial = optim.AdamW(PARAMS, lr=0.1)
+        missing = cjax.trace(lambda opt, g: opt.step({"w": g, "b": None}), scan=scan)
+        grads = np.ones((3, 2, 3), np.float32)
+        for x, g in [(xs, grads)] if scan else zip(xs, grads, strict=True):
+            fn(opt, x)
+            missing(partial, g)
+        runs.append((nnx.state(model, nnx.Not(nnx.RngState)), partial.params))
+    chex.assert_trees_all_close(*runs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scan_refuses_arrays_without_a_common_axis():
+    opt = optim.SGD(PARAMS, lr=0.1)
+    fn = cjax.trace(lambda opt, *arrays: None, scan=True)
+    for arrays in ((), (jnp.ones(()),), (jnp.ones(2), jnp.ones(3))):
+        with pytest.raises(ValueError, match="must have one leading axis, of the steps, got"):
+            fn(opt, *arrays)

@@ -110,6 +110,20 @@ def restore(
     return restore_objects(path, objects, options, verify, context or store.default_context())
 
 
+def latest(path: Path) -> Path:
+    """A checkpoint itself, or the latest one of those in a folder or in a run's folder."""
+    for folder in (path / "checkpoints", path):
+        steps = [x for x in folder.glob("*") if x.name.isdecimal()] if folder.is_dir() else []
+        if steps:
+            return max(steps, key=lambda x: int(x.name))
+    return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is, or holds, a checkpoint as `save` writes them."""
+    return store.is_written(latest(path))
+
+
 @dataclasses.dataclass(frozen=True)
 class Contents:
     """What is in a checkpoint.

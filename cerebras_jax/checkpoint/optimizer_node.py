@@ -8,6 +8,7 @@ import jax
 from cerebras_jax.checkpoint.leaves import OPTIONAL, Leaves, Options, Place, Report, Target
 from cerebras_jax.checkpoint.node import About, LeavesNode
 from cerebras_jax.checkpoint.values import Text, pack, shown_packed, unpack
+from cerebras_jax.formats.state_dict import other_rule
 from cerebras_jax.messages import shown
 from cerebras_jax.optim.entries import NamedState
 from cerebras_jax.optim.optimizer import Optimizer
@@ -30,7 +31,7 @@ class OptimizerNode(LeavesNode):
 
     def about(self) -> About:
         return {
-            "rule": _rule_name(self.obj),
+            "rule": self.obj.rule_name,
             "groups": [
                 {"params": list(group["params"]), "values": _packed(group)}
                 for group in self.obj.param_groups
@@ -41,12 +42,11 @@ class OptimizerNode(LeavesNode):
     def match(
         self, about: About, stored: Mapping[str, Target], options: Options, report: Report
     ) -> dict[str, Target]:
-        rule = about.get("rule")
-        if rule not in (None, _rule_name(self.obj)):
+        where = self.where[:-1]
+        if problem := other_rule(where, about.get("rule"), self.obj.rule_name):
             report.problems.append(
-                f"{self.where[:-1]} was saved by {rule}, this is {_rule_name(self.obj)}, whose "
-                "states mean something else; the parameters alone can be restored into a tree, "
-                f"as {self.where[:-1]}={{'params': opt.params}}"
+                f"{problem}; the parameters alone can be restored into a tree, as "
+                f"{where}={{'params': opt.params}}"
             )
             return {}
         wanted = super().match(about, stored, options, report)
@@ -145,11 +145,6 @@ class OptimizerNode(LeavesNode):
 
 
 _BOUNDS = ("max_gradient_norm", "max_gradient_value")
-
-
-def _rule_name(opt: Optimizer) -> str:
-    """The algorithm: subclasses of one class share it."""
-    return getattr(getattr(opt, "pure", None), "__name__", type(opt).__name__)
 
 
 def _values(group: Mapping[str, Any]) -> dict[str, Any]:

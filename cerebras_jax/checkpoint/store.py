@@ -46,6 +46,11 @@ def write(path: Path, arrays: Mapping[str, Any], text: str, context: Any, overwr
         _orbax().save_checkpointables(path, payload, custom_metadata=metadata, overwrite=overwrite)
 
 
+def is_written(path: Path) -> bool:
+    """Whether a folder has the file that is written last."""
+    return (path / _DESCRIPTION).is_file()
+
+
 def read_text(path: Path) -> str:
     """The text of a checkpoint.
 
@@ -57,7 +62,7 @@ def read_text(path: Path) -> str:
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     file = path / _DESCRIPTION
-    if not file.exists():
+    if not is_written(path):
         steps = sorted((x.name for x in path.glob("*") if x.name.isdecimal()), key=int)
         hint = f"; it has steps {', '.join(steps[-5:])}" if steps else ""
         raise CheckpointError(f"{path} is no checkpoint, or lacks its description{hint}")
@@ -138,7 +143,7 @@ class Series:
         self._checkpointer.reload()
         found = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
         # One that was about to be deleted when the run was killed may lack its description.
-        return [step for step in found if (self.path(step) / _DESCRIPTION).exists()]
+        return [step for step in found if is_written(self.path(step))]
 
     def is_due(self, step: int) -> bool:
         return self._checkpointer.should_save(step)

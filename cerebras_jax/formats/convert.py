@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cerebras_jax.formats import cerebras, huggingface, names, pt, safetensors_file
+from cerebras_jax.checkpoint.files import is_checkpoint
+from cerebras_jax.formats import cerebras, checkpoint, huggingface, names, pt, safetensors_file
 from cerebras_jax.formats.matching import Names
 from cerebras_jax.formats.run import Run
 
@@ -23,6 +24,7 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {
     "torch": Format(pt.read, pt.write, "torch", (".pt", ".pth", ".bin")),
     "huggingface": Format(huggingface.read, huggingface.write, "torch", ("",)),
+    "checkpoint": Format(checkpoint.read, checkpoint.write, "cerebras_jax", (".cjax",)),
     "mdl-0.5": Format(cerebras.read, cerebras.write, "cerebras", (".mdl",)),
     "mdl-0.4": Format(
         cerebras.read, functools.partial(cerebras.write, version="0.4"), "cerebras", ()
@@ -47,11 +49,13 @@ def convert(
     rules: Iterable[names.Rule] = (),
     back_to: str | Path | None = None,
     weights_only: bool = False,
+    optimizer: str | None = None,
 ) -> tuple[Run, list[str]]:
     """Reads a run from a file or folder and writes it in another format.
 
     What a format alone understands, such as the state of its schedulers, goes along only to its
-    relatives: torch, Hugging Face and safetensors are one family, Cerebras' formats another. The
+    relatives: torch, Hugging Face and safetensors are one family, Cerebras' formats another, our own
+    checkpoints a third. The
     step goes along everywhere, and sets a new scheduler to where it was.
 
     Args:
@@ -64,6 +68,8 @@ def convert(
       back_to: a file of the model that the rules start from, if ``source`` is what they lead to:
         then they are undone, to this model's names.
       weights_only: leave the optimizer behind.
+      optimizer: whose states these are, such as "AdamW", where ``target`` is a checkpoint of ours
+        and ``source`` does not tell.
 
     Returns:
       What was written, and the names of what the target's format does not understand.
@@ -85,6 +91,8 @@ def convert(
         run = names.plan(read(back_to), rules).inverse().apply(run)
     elif rules:
         run = names.plan(run, rules).apply(run)
+    if optimizer is not None:
+        run = dataclasses.replace(run, rule=checkpoint.rule_of(optimizer))
     if weights_only:
         run = dataclasses.replace(run, states={}, groups=[], schedulers=[])
     left_behind: list[str] = []
@@ -108,7 +116,7 @@ def detect(path: str | Path) -> str:
     """
     path = Path(path)
     if path.is_dir():
-        return "huggingface"
+        return "checkpoint" if is_checkpoint(path) else "huggingface"
     with open(path, "rb") as file:
         start = file.read(9)
     if start.startswith(b"\x89HDF\r\n\x1a\n"):

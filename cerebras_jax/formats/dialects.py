@@ -68,7 +68,7 @@ def _translated(run: Run, entry: Any, group: Any) -> Run:
             if name in states:
                 states[name] = entry(name, states[name], values, run.step)
     groups = [{**group(values), "params": list(values["params"])} for values in run.groups]
-    return dataclasses.replace(run, states=states, groups=groups)
+    return dataclasses.replace(run, states=states, groups=groups, rule=None)  # neither says
 
 
 def _check_numbers(group: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ class Run:
       unread: paths of what can not be read: objects that only their own code could restore.
       ordered: whether names stand in the order of the model that made the file, on which formats
         without names rely.
+      rule: the algorithm that the states belong to, if it is known.
 
     >>> run = Run.of({"w": np.ones(2)}, {"state": {0: {"m": np.zeros(2)}}, "param_groups": [
     ...     {"lr": 0.1, "params": [0]}]})
@@ -45,6 +46,7 @@ class Run:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     unread: list[str] = dataclasses.field(default_factory=list)
     ordered: bool = True
+    rule: str | None = None
 
     @classmethod
     def of(
@@ -82,6 +84,7 @@ class Run:
         run = cls(params, schedulers=list(schedulers), step=step, ordered=ordered, **rest)
         if optimizer is None:
             return run
+        run.rule = optimizer.get("optimizer")
         groups, entries = checked_layout(optimizer)
         state = {number: dict(entry) for number, entry in entries.items()}
         found = name_parameters(groups, state, params, names, ordered)
@@ -124,6 +127,7 @@ class Run:
         return {
             "state": {i: self.states[n] for n, i in numbers.items() if n in self.states},
             "param_groups": groups,
+            **({} if self.rule is None else {"optimizer": self.rule}),
         }
 
     def tree(self) -> dict[str, Any]:

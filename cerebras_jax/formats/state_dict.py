@@ -123,6 +123,27 @@ def checked_layout(state_dict: Any) -> tuple[list[Group], dict[int, Entry]]:
     return list(loaded), result
 
 
+def check_rule(state_dict: Mapping[str, Any], ours: str) -> None:
+    """Refuses a state dict that says it is another algorithm's.
+
+    Raises:
+      TypeError: if what it says is no name.
+      ValueError: says whose it is.
+    """
+    theirs = state_dict.get("optimizer")
+    if theirs is not None and not isinstance(theirs, str):
+        raise TypeError(f"'optimizer' must be the name of an algorithm, got {shown(theirs)}")
+    if problem := other_rule("the state dict", theirs, ours):
+        raise ValueError(f"{problem}; without its entry 'optimizer' it is taken if its states fit")
+
+
+def other_rule(what: str, theirs: str | None, ours: str) -> str | None:
+    """Why the states of one algorithm are not another's, if they are known to be."""
+    if theirs in (None, ours):
+        return None
+    return f"{what} was saved by {theirs}, this is {ours}, whose states mean something else"
+
+
 def _group_for(
     i: int, mine: Group, loaded: Sequence[Group], group_of: Mapping[str, int]
 ) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from cerebras_jax.engine.hyper import normalize, saturating_increment
 from cerebras_jax.engine.lift import PureOptimizer
 from cerebras_jax.formats.state_dict import (
     check_keys,
+    check_rule,
     load_array,
     match_parameters,
     plain_value,
@@ -278,6 +279,11 @@ class Optimizer(Owner, ABC):
         self._set_entries(state.states)
         self._refill(Fill(iter(state.shared.values()), None))
 
+    @property
+    def rule_name(self) -> str:
+        """The name of the algorithm, which its states belong to: subclasses of a class share it."""
+        return getattr(getattr(self, "pure", None), "__name__", type(self).__name__)
+
     # --- state_dict --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,12 +294,14 @@ class Optimizer(Owner, ABC):
           "params": [0, ...], "param_names": ["dense.bias", ...]}, ...]}``; parameters are
           numbered in the order of the groups. A function among the group values, such as a
           schedule, is stored by its repr; on loading, one's own is kept. The bounds of the
-          gradients that are set stand beside the groups.
+          gradients that are set stand beside the groups, and so does the name of the algorithm,
+          as ``"optimizer"``.
         """
         with self.lock:
             given = {name: getattr(self, name) for name in BOUNDS}
             bounds = {name: plain_value(x) for name, x in given.items() if x is not None}
-            return {**to_state_dict(self.param_groups, self._entries()), **bounds}
+            layout = to_state_dict(self.param_groups, self._entries())
+            return {**layout, "optimizer": self.rule_name, **bounds}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over state and group values; all or, on an error, nothing.
@@ -303,11 +311,17 @@ class Optimizer(Owner, ABC):
         dtype of the state that they replace. A key that a group lacks takes the optimizer's
         default; bounds of the gradients that the dict lacks stay.
 
+        A dict that says which algorithm wrote it, as ours do under ``"optimizer"``, is refused by
+        others, also by those whose states have the same names: to AdamW, the decay of Adam means
+        something else. One without that entry, such as torch's, is taken if its states fit.
+
         Raises:
-          ValueError: names what is missing, unexpected, of another shape, or out of range.
+          ValueError: says who wrote it, or names what is missing, unexpected, of another shape,
+            or out of range.
         """
         with self.lock:
             match = match_parameters(state_dict, self.param_groups)
+            check_rule(state_dict, self.rule_name)
             ours, groups = self._full_entries(), []
             for mine, loaded in zip(self.param_groups, match.groups, strict=True):
                 group = normalize({**self.defaults, **self._import_group(loaded, mine)})

@@ -12,12 +12,14 @@ import click
 import yaml
 
 from cerebras_jax.checkpoint import Checkpoints, inspect
+from cerebras_jax.checkpoint.files import latest
 from cerebras_jax.messages import shown
 from cerebras_jax.recipe import Recipe, load_recipe
 from cerebras_jax.train import data, folder, report
 from cerebras_jax.train.answers import EXPECTED, one_line, told
 from cerebras_jax.train.convert_cli import convert_command
 from cerebras_jax.train.run import RANGES, Run, TrainSettings, train
+from cerebras_jax.train.tensorboard import Events, import_writer
 from cerebras_jax.yaml_config import read_config
 
 # What of the section ``train`` may be another when a run is resumed.
@@ -80,12 +82,14 @@ def _train_option(name: str, what: str) -> Any:
     type=click.Path(file_okay=False, path_type=Path),
     help="Go on with the run in this folder from its latest checkpoint.",
 )
+@click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard, too.")
 def train_command(
     config: Path | None,
     data: Path | None,
     out: Path | None,
     overwrite: bool,
     resume: Path | None,
+    tensorboard: bool,
     **options: Any,
 ) -> None:
     """Train a small byte-level GPT with the optimizer of CONFIG.yaml.
@@ -98,13 +102,18 @@ def train_command(
 
     A run that was interrupted or killed goes on with --resume RUN, and the same --data, as if it
     had not been; --steps may be more than before.
+
+    With --tensorboard, RUN/tensorboard gets the metrics, for `tensorboard --logdir RUN`.
     """
     console = report.plain_console()
     with told():
+        if tensorboard:
+            import_writer()  # before anything is written
         run, run_folder, checkpoints, start = _begin(config, data, out, overwrite, resume, options)
+        events = Events(run_folder / folder.EVENTS, start) if tensorboard else None
     if resume is not None:
         console.print(f"resumed after {start} steps")
-    result = train(run, run_folder, console, checkpoints, start)
+    result = train(run, run_folder, console, checkpoints, start, events)
     if result.steps:
         console.print(
             f"{'interrupted, ' if result.interrupted else ''}{result.steps} steps in "
@@ -183,12 +192,7 @@ def _check_same(stored: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
 def inspect_command(checkpoint: Path, verify: bool) -> None:
     """Print what is in CHECKPOINT, or in the latest one of a run's folder."""
     with told():
-        for path in (checkpoint / folder.CHECKPOINTS, checkpoint):
-            steps = [x for x in path.glob("*") if x.name.isdecimal()] if path.is_dir() else []
-            if steps:
-                checkpoint = max(steps, key=lambda x: int(x.name))
-                break
-        contents = str(inspect(checkpoint, verify=verify))
+        contents = str(inspect(latest(checkpoint), verify=verify))
     report.plain_console().print(report.printable(contents, keep="\n"))
 
 

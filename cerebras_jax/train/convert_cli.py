@@ -38,12 +38,14 @@ from cerebras_jax.train.answers import one_line, told
     type=click.Path(exists=True, path_type=Path),
     help="Undo the rules, to the names in this file.",
 )
+@click.option("--optimizer", help="Whose states these are, such as AdamW, if SOURCE does not tell.")
 @click.option("--weights-only", is_flag=True, help="Leave the optimizer behind.")
 def convert_command(source: Path, target: Path, module_order: bool, **options: Any) -> None:
     """Write the run in SOURCE as TARGET, parameters and optimizer states alike.
 
-    SOURCE is a torch file, a folder of Hugging Face's Trainer, a Cerebras checkpoint (.mdl) or a
-    .safetensors file, told from its contents; nothing in it is executed. The formats are described
+    SOURCE is a torch file, a folder of Hugging Face's Trainer, a Cerebras checkpoint (.mdl), a
+    .safetensors file, or a checkpoint of this package, or the folder of its run, told from its contents; nothing in it is executed. TARGET's
+    ending .cjax, or --to checkpoint, makes one for cerebras_jax.restore. The formats are described
     in the documentation under "Move a run".
     """
     with told():
@@ -59,6 +61,7 @@ def convert_command(source: Path, target: Path, module_order: bool, **options: A
             rules=_rules(options["rules"]),
             back_to=options["back_to"],
             weights_only=options["weights_only"],
+            optimizer=options["optimizer"],
         )
     click.echo(", ".join(f"{k} {v}" for k, v in formats.summary(run).items()))
     if run.unread:

@@ -17,7 +17,9 @@ PICTURE = "training.png"
 SAMPLE = "sample.txt"
 WEIGHTS = "weights.npz"
 CHECKPOINTS = "checkpoints"
-_FILES = (CONFIG, METRICS, PICTURE, SAMPLE, WEIGHTS, CHECKPOINTS)
+EVENTS = "tensorboard"
+_FOLDERS = (CHECKPOINTS, EVENTS)
+_FILES = (CONFIG, METRICS, PICTURE, SAMPLE, WEIGHTS, *_FOLDERS)
 
 # The first line of a run's config.yaml: by it a run's files are told from other people's.
 _MARK = "# A run of `cerebras-jax train`; this makes the same one."
@@ -138,7 +140,7 @@ def attempt(writers: dict[str, Callable[[], None]]) -> dict[str, Exception]:
 
 def _remove_files(folder: Path) -> None:
     for name in _FILES:
-        if name == CHECKPOINTS:
+        if name in _FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
         else:
             (folder / name).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from cerebras_jax.optim import Optimizer
 from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.schedules import span
 from cerebras_jax.train.folder import METRICS, cut_metrics
+from cerebras_jax.train.tensorboard import Events
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -43,10 +44,19 @@ class Reporter:
       steps: how many there will be.
       console: to show progress on.
       start: the step that a resumed run goes on with; what was written of it before is replaced.
+      events: where else to write the metrics.
     """
 
-    def __init__(self, folder: Path, steps: int, console: Console, start: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        console: Console,
+        start: int = 0,
+        events: Events | None = None,
+    ):
         self.console = console
+        self.events = events
         self.steps = steps
         self.steps_done = start
         self.records: list[dict[str, Any]] = cut_metrics(folder, start)
@@ -73,6 +83,8 @@ class Reporter:
         if self.progress:
             self.progress.stop()
         self.file.close()
+        if self.events:
+            self.events.close()
 
     def record(self, show: bool, at: float | None = None, **values: Any) -> None:
         """Writes one line of metrics.
@@ -89,6 +101,8 @@ class Reporter:
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
+        if self.events:
+            self.events.write(values)
         text = "  ".join(f"{k} {_format(k, v)}" for k, v in values.items() if k != "weight_decay")
         if self.progress:
             if "loss" in values:

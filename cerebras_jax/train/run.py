@@ -26,6 +26,7 @@ from cerebras_jax.trace import trace
 from cerebras_jax.train import data, gpt, report
 from cerebras_jax.train import folder as run_folder
 from cerebras_jax.train.losses import LateLosses, Loss
+from cerebras_jax.train.tensorboard import Events
 from cerebras_jax.transforms.accumulate import accumulate
 from cerebras_jax.transforms.loss_scale import GradScaler
 
@@ -303,6 +304,7 @@ def train(
     console: Console,
     checkpoints: Checkpoints | None = None,
     start: int = 0,
+    events: Events | None = None,
 ) -> Result:
     """Trains, and writes metrics, weights, picture and sample into ``folder``.
 
@@ -312,6 +314,7 @@ def train(
     Args:
       checkpoints: where to save, if at all.
       start: how many steps were taken already.
+      events: where else to write the metrics; closed at the end.
     """
     settings = run.settings
     console.print(
@@ -322,7 +325,8 @@ def train(
     interrupts = Interrupts()
     stopped: BaseException | None = None
     failures: dict[str, Exception] = {}
-    with interrupts.handled(), report.Reporter(folder, settings.steps, console, start) as reporter:
+    reports = report.Reporter(folder, settings.steps, console, start, events)
+    with interrupts.handled(), reports as reporter:
         try:
             _loop(run, reporter, interrupts, checkpoints, start)
         except BaseException as error:
