@@ -13,7 +13,7 @@ from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.trees import path_name
-from cerebras_jax.optim.guarding import guard_only
+from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.sparse.masking import SparseState
 from cerebras_jax.transforms.grouped import GroupedState
 from cerebras_jax.types import Array
@@ -64,7 +64,9 @@ Owners = Callable[[int, Any, Any], list[str | None]]
 """For a group, its state and a tree of names like its parameters: which leaf is whose."""
 
 
-def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners) -> Catalogue:
+def catalogue(
+    state: Any, params: Any, names: Mapping[str, str], owners: Owners, watch: Guard
+) -> Catalogue:
     """Finds out what the leaves of a state are.
 
     Args:
@@ -72,12 +74,17 @@ def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners)
       params: the structure of the parameters.
       names: from the dotted path of each leaf of it, in their order, to the parameter's name.
       owners: tells for pairs that are not made of a rule.
+      watch: what watches over the steps.
 
     Raises:
       ValueError: if the state does not hold that of the groups exactly once.
     """
-    leaves = jax.tree.leaves(state)
-    index = {id(x): i for i, x in enumerate(leaves)}
+    index = {id(x): i for i, x in enumerate(jax.tree.leaves(state))}
+    guard = {
+        path_name(path): Place(index[id(x)])
+        for path, x in jax.tree_util.tree_leaves_with_path(watch.watch(state))
+    }
+    state = watch.guarded(state)
     of: dict[str, dict[str, Place]] = {name: {} for name in names.values()}
     nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_groups) if _is_groups(x)]
     if len(nodes) != 1:
@@ -94,13 +101,11 @@ def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners)
         else:
             mine = owners(g, own, masked.unflatten(members))
             _add_foreign(of, own, mine, members, index)
-    guard = {
-        path_name(path): Place(index[id(x)])
-        for path, x in jax.tree_util.tree_leaves_with_path(guard_only(state))
-    }
-    known |= {place.leaf for place in guard.values()}
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    shared = {paths[i]: Place(i) for i in range(len(leaves)) if i not in known}
+    places = [
+        (path_name(path), Place(index[id(x)]))
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+    ]
+    shared = {path: place for path, place in places if place.leaf not in known}
     _add_masks(of, shared, state, params, names, index)
     return Catalogue(of, shared, guard)
 

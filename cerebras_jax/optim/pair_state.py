@@ -13,7 +13,7 @@ from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_known, load_shared
 from cerebras_jax.optim import clocks, entries, numbers
 from cerebras_jax.optim.entries import Catalogue, NamedState, StateView
-from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, Guard, StepReport, guard_only
+from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, Guard, StepReport
 from cerebras_jax.optim.makers import Maker, RuleMaker
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.stateful import Fill, Slot
@@ -45,6 +45,7 @@ class PairOptimizer(Optimizer):
     _keys: list[tuple[str, ...]]  # and their keys
     _fitted: Guard  # what the state was made for
 
+    around: tuple[Any, ...]
     skip_nonfinite: bool
     skip_spikes: SkipSpikes | None
     measure_gradients: bool
@@ -97,18 +98,16 @@ class PairOptimizer(Optimizer):
     # --- state -------------------------------------------------------------------------------
 
     def _kept_state(self) -> Any:
-        catalogue = self._catalogue()
-        shared = catalogue.shared | catalogue.guard
-        return self._full_entries(), entries.read(self._state, shared, {}), self._checked
+        return self._full_entries(), self._shared(), self._seen(), self._checked
 
     def _allocate(self, kept: Any = None) -> None:
         self._state = []
         self.preinitialize()
         if kept is not None:
-            entries, shared, checked = kept
+            entries, shared, seen, checked = kept
             self._checked[: len(checked)] = checked
             self._set_entries(entries)
-            self._set_shared(shared)
+            self._set_shared(shared, seen)
 
     def _regroup(self) -> None:
         """Moves the states when names were moved between groups, or within one."""
@@ -138,6 +137,7 @@ class PairOptimizer(Optimizer):
                 self._treedef(),
                 {path: name for name, path in self._paths().items()},
                 lambda g, own, names: self.maker.owners(hyper[g], own, names),
+                self._fitted,
             )
         return cache["catalogue"]
 
@@ -185,17 +185,25 @@ class PairOptimizer(Optimizer):
         """What belongs to no parameter: the states of wrappers, by path."""
         return entries.read(self._state, self._catalogue().shared, {})
 
-    def _set_shared(self, values: Mapping[str, Any]) -> None:
-        places = self._catalogue().shared | self._catalogue().guard
-        for path in places.keys() & values.keys():
-            self._state[places[path].leaf] = values[path]
+    def _seen(self) -> dict[str, Any]:
+        """What watches over the steps, by name."""
+        return entries.read(self._state, self._catalogue().guard, {})
+
+    def _set_shared(self, shared: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
+        known = self._catalogue()
+        for places, values in ((known.shared, shared), (known.guard, seen)):
+            for path in places.keys() & values.keys():
+                self._state[places[path].leaf] = values[path]
 
     # --- what watches over the steps -----------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in SETTINGS and vars(self).get("_structure") is not None:
-            self._fit_guard()
+        if name not in SETTINGS:
+            return super().__setattr__(name, value)
+        with self.lock:
+            super().__setattr__(name, value)
+            if vars(self).get("_structure") is not None:
+                self._fit_guard()
 
     def _check_new_attribute(self, name: str) -> None:
         super()._check_new_attribute(name)
@@ -215,7 +223,7 @@ class PairOptimizer(Optimizer):
         guard = self._guard()
         if guard == self._fitted:
             return
-        tree = guard.fitted(self._structure.unflatten(self._state))
+        tree = guard.refitted(self._structure.unflatten(self._state), self._fitted)
         self._state, self._structure = jax.tree.flatten(tree)
         self._fitted = guard
         vars(self).pop("_cache", None)
@@ -226,7 +234,7 @@ class PairOptimizer(Optimizer):
         self._fit_guard()
 
     def _watch(self) -> GuardState | None:
-        return guard_only(self._structure.unflatten(self._state))
+        return self._fitted.watch(self._structure.unflatten(self._state))
 
     @property
     def report(self) -> StepReport:
@@ -242,6 +250,8 @@ class PairOptimizer(Optimizer):
                 raise RuntimeError(
                     "the gradients are not measured; set measure_gradients=True on the optimizer"
                 )
+            if self.around and self._fitted.clips:
+                state = state._replace(clip_factor=jnp.full((), jnp.nan, jnp.float32))
             return StepReport.of(state)
 
     @property
@@ -273,8 +283,8 @@ class PairOptimizer(Optimizer):
         with self.lock:
             self._regroup()
             found = entries.named(self._state, self._catalogue())
-            guard = entries.read(self._state, self._catalogue().guard, {})
-            return found._replace(shared=found.shared | super().named_state().shared, guard=guard)
+            shared = found.shared | super().named_state().shared
+            return found._replace(shared=shared, guard=self._seen())
 
     def _set_named_state(self, state: NamedState) -> None:
         known = self._catalogue()
@@ -284,7 +294,7 @@ class PairOptimizer(Optimizer):
         }
         self._set_entries({n: state.states.get(n, {}) | scalars[n] for n in known.of})
         shared = {k: v for k, v in state.shared.items() if k in known.shared}
-        self._set_shared({**shared, **state.guard})
+        self._set_shared(shared, state.guard)
         attributes = [v for k, v in state.shared.items() if k not in known.shared]
         self._refill(Fill(iter(attributes), None))
 
@@ -308,14 +318,12 @@ class PairOptimizer(Optimizer):
         """
         with self.lock:
             result = super().state_dict()
-            guard = entries.read(self._state, self._catalogue().guard, {})
-            more = {"around": self._shared(), "guard": guard}
+            more = {"around": self._shared(), "guard": self._seen()}
             return {**result, **{k: v for k, v in more.items() if v}}
 
     def _load_shared(self, state_dict: Mapping[str, Any]) -> None:
-        ours = entries.read(self._state, self._catalogue().guard, {})
-        guard = load_known(state_dict.get("guard"), ours)
-        self._set_shared(load_shared(state_dict.get("around"), self._shared()) | guard)
+        seen = load_known(state_dict.get("guard"), self._seen())
+        self._set_shared(load_shared(state_dict.get("around"), self._shared()), seen)
 
     def _import_group(self, group: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
         return torch_format.import_group(self._dialect(), group, self.defaults, ours)

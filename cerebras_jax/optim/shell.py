@@ -203,7 +203,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             self._state = state
             self._set_values(params)
             if scaler is not None:
-                norm = self._state[self._catalogue().guard["norm"].leaf]
+                norm = self._seen()["norm"]
                 scaler.update(finite=norm < jnp.inf)
         if absent:
             missed = {self._names[i] for i in absent}
