@@ -14,6 +14,7 @@ from optimizers import OPTIMIZERS
 import cerebras_jax as cjax
 from cerebras_jax import optim
 from cerebras_jax.optim import lr_scheduler
+from cerebras_jax.transforms.finite import check_skips
 
 RNG = np.random.default_rng(0)
 
@@ -129,9 +130,53 @@ def test_a_spike_is_skipped_and_counted(transformed):
     run(opt, GRADS[0], 1e6)  # the loss is judged as well
     chex.assert_trees_all_equal(opt.params, before)
     assert int(opt.report.num_skipped_steps) == int(opt.report.skipped_in_a_row) == 2
-    opt.check_skips(3)
+    opt.check_skips(2)
     with pytest.raises(FloatingPointError, match="2 steps in a row were not taken, 2 in all"):
-        opt.check_skips(2)
+        opt.check_skips(1)
+
+
+def test_class_and_pure_form_say_the_same_of_skipped_steps():
+    opt, tx = optim.SGD(tree(), lr=0.1), optim.skip_nonfinite(optim.sgd(lr=0.1))
+    opt.check_skips(0)  # nothing is skipped, and nothing watched
+    opt.skip_nonfinite = True
+    state = tx.init(tree())
+    for n in range(2):
+        opt.check_skips(n)
+        check_skips(state, n)
+        opt.step(BAD)
+        _, state = tx.update(BAD, state, tree())
+    messages = []
+    for check in (lambda: opt.check_skips(1), lambda: check_skips(state, 1)):
+        with pytest.raises(FloatingPointError) as caught:
+            check()
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (jnp.ones(3), ValueError, r"loss must be a scalar, got shape \(3,\)"),
+        (jnp.int32(3), TypeError, "loss must be a floating point scalar, got int32"),
+        (3, TypeError, "loss must be a floating point scalar, got int64"),
+        (True, TypeError, "loss must be a floating point scalar, got bool"),
+        (jnp.complex64(3), TypeError, "loss must be a floating point scalar, got complex64"),
+        ("3", TypeError, "loss must be a floating point scalar, got '3'"),
+        ([3.0], TypeError, "loss must be a floating point scalar"),
+    ],
+)
+def test_a_loss_that_cannot_be_judged_is_refused(loss, error, message, watched):
+    opt = optim.SGD(tree(), lr=0.1)
+    opt.skip_nonfinite = watched
+    before = opt.state_dict()
+    with pytest.raises(error, match=message):
+        opt.step(GRADS[0], loss=loss)
+    chex.assert_trees_all_equal(opt.params, tree())
+    assert str(opt.state_dict()) == str(before)
+    tx = optim.skip_nonfinite(optim.sgd(lr=0.1))
+    with pytest.raises(error, match=message):
+        tx.update(GRADS[0], tx.init(tree()), tree(), loss=loss)
 
 
 @FORMS

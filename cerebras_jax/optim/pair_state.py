@@ -17,7 +17,7 @@ from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, Guard, StepReport
 from cerebras_jax.optim.makers import Maker, RuleMaker
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.stateful import Fill, Slot
-from cerebras_jax.transforms.finite import GuardState
+from cerebras_jax.transforms.finite import GuardState, check_skips
 from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.types import Array
 
@@ -266,17 +266,16 @@ class PairOptimizer(Optimizer):
     def check_skips(self, max_in_a_row: int = 10) -> None:
         """Raises if too many steps in a row were not taken; waits for the last step.
 
+        Args:
+          max_in_a_row: how many are accepted.
+
         Raises:
-          FloatingPointError: says how many, and what was seen.
+          FloatingPointError: says how many, and the norm of the last gradients.
         """
-        if self.took_step is True:
-            return
-        report = self.report
-        if (n := int(report.skipped_in_a_row)) >= max_in_a_row:
-            raise FloatingPointError(
-                f"{n} steps in a row were not taken, {int(report.num_skipped_steps)} in all; the "
-                f"last gradients had the norm {float(report.gradient_norm)}"
-            )
+        with self.lock:
+            state = self._watch()
+        if state is not None:
+            check_skips(state, max_in_a_row)
 
     def named_state(self) -> NamedState:
         """See `Optimizer.named_state`."""

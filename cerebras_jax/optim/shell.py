@@ -1,6 +1,5 @@
 """The class form of a pure optimizer: parameters, groups and state; it computes nothing."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, cast, overload
@@ -26,8 +25,9 @@ from cerebras_jax.optim.signatures import doc_of, signature_of
 from cerebras_jax.optim.sources import is_closure
 from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.signals import deferred_signals
-from cerebras_jax.stateful import OUTSIDE
+from cerebras_jax.stateful import OUTSIDE, locked
 from cerebras_jax.transforms.accumulate import Accumulation
+from cerebras_jax.transforms.finite import check_loss
 from cerebras_jax.transforms.loss_scale import GradScaler
 
 P = ParamSpec("P")
@@ -88,6 +88,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self.maker.check(arguments)
         if callable(around) or not all(callable(wrap) for wrap in around):
             raise TypeError(f"around must be a list of functions from pair to pair, got {around!r}")
+        self.maker.check_how(How(state_dtype, rounding))
         self.around = tuple(around)
         self.state_dtype = state_dtype
         self.rounding: Rounding = rounding
@@ -156,7 +157,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         """
         if scaler is not None and not isinstance(scaler, GradScaler):
             raise TypeError(f"scaler must be a GradScaler or None, got {scaler!r}")
-        with self.lock, contextlib.nullcontext() if scaler is None else scaler.lock:
+        with locked([self, scaler]):
             scale = None if scaler is None else scaler.state.loss_scale
             value, grads = self._gradients(grads_or_closure, has_aux, scale)
             if is_closure(grads_or_closure):
@@ -169,6 +170,8 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         return value
 
     def _apply_gradients(self, grads: list[Any], loss: Any, scaler: GradScaler | None) -> None:
+        if loss is not None:
+            check_loss(loss)
         self._note_step()
         self._regroup()
         guard, bounds = self._fitted, self._bounds()

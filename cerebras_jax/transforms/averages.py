@@ -20,7 +20,7 @@ from cerebras_jax.checks import check, is_number, is_traced
 from cerebras_jax.donation import Donor
 from cerebras_jax.engine.hyper import as_number, saturating_increment
 from cerebras_jax.engine.trees import align, leaf_paths
-from cerebras_jax.stateful import OUTSIDE, Stateful
+from cerebras_jax.stateful import OUTSIDE, Stateful, locked
 from cerebras_jax.types import Array, Number, Params
 
 
@@ -180,6 +180,10 @@ class Average(Stateful):
             among its arguments.
           TypeError: if there are parameters to read and others are given, or none of both.
         """
+        with locked([self, self.target]):
+            self._update(params)
+
+    def _update(self, params: Params) -> None:
         if self._is_swapped:
             raise RuntimeError("update was called in swapped(), where the parameters are averages")
         if (params is None) == (self.target is None):
