@@ -110,6 +110,53 @@ def test_a_float32_value_that_is_set_keeps_its_bits():
     chex.assert_trees_all_equal(opt.full_precision()["w"], value)
 
 
+def _exact_and_nearest():
+    """Two optimizers with two steps behind them, which differ in their rounding."""
+    opts = [optim.AdamW(tree(jnp.bfloat16), lr=0.1, rounding=how) for how in ("exact", "nearest")]
+    for opt in opts:
+        opt.step(GRADS[0]), opt.step(GRADS[1])
+    return opts
+
+
+def test_exact_rounding_loads_what_another_rounding_saved():
+    exact, nearest = _exact_and_nearest()
+    with pytest.warns(UserWarning, match="has no low_bits: .* start from their bfloat16 values"):
+        exact.load_state_dict(nearest.state_dict())
+    for name in ("a", "b"):
+        assert not np.asarray(exact.state[name]["low_bits"]).any()
+        np.testing.assert_array_equal(exact.state[name]["exp_avg"], nearest.state[name]["exp_avg"])
+    chex.assert_trees_all_equal(exact.full_precision()["a"], exact.params["a"].astype(jnp.float32))
+    exact.step(GRADS[2])
+
+
+def test_another_rounding_says_what_it_drops_of_exact_rounding():
+    exact, nearest = _exact_and_nearest()
+    with pytest.warns(UserWarning, match="low_bits, .* they are dropped for .*'a', 'b'"):
+        nearest.load_state_dict(exact.state_dict())
+    assert "low_bits" not in nearest.state["a"]
+    nearest.step(GRADS[2])
+
+
+def test_exact_rounding_goes_through_torch_without_its_bits():
+    pytest.importorskip("torch")
+    exact, _ = _exact_and_nearest()
+    exported = exact.torch_state_dict()
+    assert "low_bits" not in exported["state"][0]
+    with pytest.warns(UserWarning, match="has no low_bits"):
+        exact.load_state_dict(exported)
+
+
+def test_a_swap_of_averages_keeps_all_bits():
+    exact, _ = _exact_and_nearest()
+    average = optim.Average(exact)
+    exact.step(GRADS[2])
+    assert np.asarray(exact.state["a"]["low_bits"]).any()
+    before = exact.full_precision()
+    with average.swapped():
+        pass
+    chex.assert_trees_all_equal(exact.full_precision(), before)
+
+
 def test_what_cannot_be_rounded_is_refused():
     with pytest.raises(ValueError, match="'w' is float16"):
         optim.SGD({"w": jnp.ones(2, jnp.float16)}, lr=0.1, rounding="exact")

@@ -1,5 +1,6 @@
 """Which array of an optimizer's state belongs to which parameter, and under which name."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.trees import path_name
+from cerebras_jax.messages import shown
 from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.sparse.masking import SparseState
 from cerebras_jax.transforms.grouped import GroupedState
@@ -132,9 +134,41 @@ def _add_masks(
                 of[name][MASK] = place
 
 
-def without_masks(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The states of the algorithm alone."""
-    return {n: {k: v for k, v in entry.items() if k != MASK} for n, entry in entries.items()}
+def without(entries: Mapping[str, Mapping[str, Any]], *keys: str) -> dict[str, dict[str, Any]]:
+    """The states of these names left out."""
+    return {n: {k: v for k, v in entry.items() if k not in keys} for n, entry in entries.items()}
+
+
+def with_our_low_bits(
+    loaded: Mapping[str, Any], ours: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Loaded states with the bits that ``rounding="exact"`` keeps, or does not keep, here.
+
+    Another rounding has none: they are zero then. Those that are not kept here are left out. Both
+    is said once.
+
+    Args:
+      loaded: by parameter name, the loaded states by name, or None.
+      ours: by parameter name, the states to be replaced.
+    """
+    result, lacking, dropped = dict(loaded), [], []
+    for name, entry in loaded.items():
+        if entry is None:
+            continue
+        theirs, mine = entry.get(LOW_BITS), ours[name].get(LOW_BITS)
+        if theirs is None and mine is not None:
+            lacking.append(name)
+            result[name] = {**entry, LOW_BITS: jnp.zeros_like(mine)}
+        elif theirs is not None and mine is None:
+            dropped.append(name)
+            result[name] = {k: v for k, v in entry.items() if k != LOW_BITS}
+    for names, what in (
+        (lacking, "has no {}: with rounding='exact' {} start from their bfloat16 values"),
+        (dropped, "has {}, which rounding='exact' keeps: they are dropped for {}"),
+    ):
+        if names:
+            warnings.warn("the state dict " + what.format(LOW_BITS, shown(names)), stacklevel=6)
+    return result
 
 
 def _masked(params: Any, names: Mapping[str, str], members: set[str]) -> Any:

@@ -317,10 +317,13 @@ class Optimizer(Owner, ABC):
                 groups.append(group)
             entries = dict(ours)
             if match.has_state:
-                for group in groups:
-                    for name in group["params"]:
-                        loaded = self._import_state(match.entries.get(name), group, ours[name])
-                        entries[name] = load_array(name, loaded, ours[name])
+                loaded = {
+                    name: self._import_state(match.entries.get(name), group, ours[name])
+                    for group in groups
+                    for name in group["params"]
+                }
+                for name, entry in self._complete(loaded, ours).items():
+                    entries[name] = load_array(name, entry, ours[name])
             bounds = [state_dict.get(name, getattr(self, name)) for name in BOUNDS]
             clipping.check_bounds(*bounds)
             self._load_shared(state_dict)
@@ -340,6 +343,12 @@ class Optimizer(Owner, ABC):
 
     def _import_state(self, entry: Any, group: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
         return entry
+
+    def _complete(
+        self, loaded: dict[str, Any], ours: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Hook: the loaded states by parameter name, with those that others leave out."""
+        return loaded
 
     def _load_shared(self, state_dict: Mapping[str, Any]) -> None:
         """Hook: takes over what belongs to no parameter."""

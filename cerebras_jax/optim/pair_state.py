@@ -170,7 +170,7 @@ class PairOptimizer(Optimizer):
         return any(callable(x) for x in jax.tree.leaves(self._hyper(group), is_leaf=callable))
 
     def _entries(self) -> dict[str, dict[str, Any]]:
-        return entries.without_masks(self.state)
+        return entries.without(self.state, entries.MASK)
 
     def _full_entries(self) -> dict[str, dict[str, Any]]:
         host: dict[int, Any] = {}
@@ -335,6 +335,11 @@ class PairOptimizer(Optimizer):
             entry.setdefault("step", ours["step"])
         return entry
 
+    def _complete(
+        self, loaded: dict[str, Any], ours: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        return entries.with_our_low_bits(loaded, ours)
+
     def _dialect(self) -> torch_format.Dialect:
         return torch_format.dialect_of(self.maker.factory)
 
@@ -356,7 +361,7 @@ class PairOptimizer(Optimizer):
         """
         with self.lock:
             names = self._grouped_names() if param_names is None else list(param_names)
-            mine = entries.without_masks(self._full_entries())
+            mine = entries.without(self._full_entries(), entries.MASK, entries.LOW_BITS)
             return torch_format.to_torch_state_dict(self._dialect(), self.param_groups, mine, names)
 
     # --- the parts that change, for jit and trace ------------------------------------------------

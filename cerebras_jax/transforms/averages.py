@@ -227,12 +227,13 @@ class Average(Stateful):
             raise TypeError("swapped() needs an average of an optimizer or a module")
         if self._is_swapped:
             raise RuntimeError("swapped() was called in swapped()")
-        training, averages = self._read(), self._in_dtypes()
+        training = self._training()
         self._is_swapped = True
         try:
-            self._write(averages)
+            self._write(self._in_dtypes())
+            written = jax.tree.leaves(self._read())
             yield self.target if isinstance(self.target, nnx.Module) else self.target.params
-            pairs = zip(*map(jax.tree.leaves, (self._read(), averages)), strict=True)
+            pairs = zip(jax.tree.leaves(self._read()), written, strict=True)
             unchanged = all(now is then for now, then in pairs)
         finally:
             self._write(training)
@@ -290,6 +291,11 @@ class Average(Stateful):
         """The parameters now, with an nnx.State in the place of a module."""
         is_module = isinstance(self.target, nnx.Module)
         return parameter_tree(self.target if is_module else self.target.params, self.filter)
+
+    def _training(self) -> Params:
+        """The parameters now, with all bits that the optimizer keeps of them."""
+        is_module = self._module() is not None or not hasattr(self.target, "full_precision")
+        return self._read() if is_module else self.target.full_precision()
 
     def _write(self, params: Params) -> None:
         module = self._module()
