@@ -22,7 +22,7 @@ from cerebras_jax.optim.entries import NamedState
 from cerebras_jax.optim.guarding import BOUNDS
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.owner import Owner
-from cerebras_jax.optim.sources import ModuleSource, is_closure, value_and_grad
+from cerebras_jax.optim.sources import is_closure, value_and_grad
 from cerebras_jax.stateful import Fill, freeze
 from cerebras_jax.transforms import clipping
 from cerebras_jax.types import Array
@@ -145,17 +145,18 @@ class Optimizer(Owner, ABC):
     def _gradients(
         self, given: Any, has_aux: bool, loss_scale: Any = None
     ) -> tuple[Any, list[Any]]:
-        value = None
         if is_closure(given):
-            several = len(self._sources) > 1 or self._structured_as_list
-            if several and any(isinstance(s, ModuleSource) for s in self._sources):
-                raise TypeError("a closure over several parameter trees takes no modules")
-            source = None if several else self._sources[0]
-            leaves = self.params if several else self._leaves()[0]
-            value, given = value_and_grad(given, source, leaves, has_aux, loss_scale)
-        elif given is None:
+            return value_and_grad(
+                given,
+                self._sources,
+                self._leaves(),
+                has_aux,
+                loss_scale,
+                is_list=not self._is_one_tree(),
+            )
+        if given is None:
             raise TypeError("step needs the gradients, or a closure that returns the loss")
-        return value, self._align(given)
+        return None, self._align(given)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Accepted for PyTorch's sake; gradients are arguments here, there is nothing to clear."""
