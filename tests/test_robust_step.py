@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from optimizers import OPTIMIZERS
 
 import cerebras_jax as cjax
@@ -328,6 +329,59 @@ def test_a_scaled_accumulation_has_the_same_gradients():
     opt.step(cjax.accumulate(loss_fn, x, steps=4), scaler=optim.GradScaler(1024.0))
     plain.step(cjax.accumulate(loss_fn, x, steps=4))
     chex.assert_trees_all_equal(opt.params, plain.params)  # a power of two changes no bit
+
+
+class Normed(nnx.Module):
+    """Statistics, random numbers and a frozen parameter."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.linear = nnx.Linear(2, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.norm(self.linear(x)))
+
+
+def normed_loss(model, x):
+    return (model(x) ** 2).mean()
+
+
+@FORMS
+@pytest.mark.parametrize(
+    "closure",
+    [
+        lambda x: lambda model: normed_loss(model, x),
+        lambda x: cjax.accumulate(normed_loss, x, 2),
+    ],
+    ids=["whole", "in parts"],
+)
+@pytest.mark.parametrize("wrt", [None, "linear.*"], ids=["all", "some"])
+def test_a_step_not_taken_writes_no_statistics(transformed, closure, wrt):
+    """Nor moves random streams: all of the module is that of the run without the bad batch."""
+    x = jnp.asarray(RNG.normal(size=(4, 2)), jnp.float32)
+    step = transformed(lambda opt, x: opt.step(closure(x)))
+
+    def run(batches):
+        model = Normed()
+        opt = optim.SGD(optim.select(model, wrt) if wrt else model, lr=0.1)
+        opt.skip_nonfinite = True
+        for batch in batches:
+            step(opt, batch)
+        return nnx.state(model)
+
+    def as_numbers(x):
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    again, clean = run([x, x * jnp.nan, 2 * x]), run([x, 2 * x])
+    chex.assert_trees_all_equal(*(jax.tree.map(as_numbers, s) for s in (again, clean)))
+
+
+def test_without_a_judge_statistics_are_as_the_closure_wrote_them():
+    model = Normed()
+    optim.SGD(model, lr=0.1).step(lambda model: normed_loss(model, jnp.full((4, 2), jnp.nan)))
+    assert np.isnan(model.norm.mean[...]).all()
 
 
 # --- settings -------------------------------------------------------------------------------------

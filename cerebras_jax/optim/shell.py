@@ -22,7 +22,7 @@ from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.pair_state import SCALED
 from cerebras_jax.optim.program import Inputs, Plan, Program, Wrapper, program_of, transformation
 from cerebras_jax.optim.signatures import doc_of, signature_of
-from cerebras_jax.optim.sources import is_closure
+from cerebras_jax.optim.sources import ModuleSource, hold_back, is_closure
 from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.signals import deferred_signals
 from cerebras_jax.stateful import OUTSIDE, locked
@@ -148,6 +148,10 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             gradients that are given must be those of the scaled loss. A step whose gradients are
             not finite is not taken.
 
+        A step that is not taken also brings back what the closure has written into a module
+        besides the parameters: statistics, counts of random streams. With given gradients that
+        was written before, and is the caller's.
+
         Returns:
           What the closure returned, or None.
 
@@ -159,6 +163,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             raise TypeError(f"scaler must be a GradScaler or None, got {scaler!r}")
         with locked([self, scaler]):
             scale = None if scaler is None else scaler.state.loss_scale
+            before = self._before_closure(grads_or_closure, scaler)
             value, grads = self._gradients(grads_or_closure, has_aux, scale)
             if is_closure(grads_or_closure):
                 if loss is not None:
@@ -167,7 +172,15 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
                     has_aux = grads_or_closure.has_aux
                 loss = value[0] if has_aux else value
             self._apply_gradients(grads, loss, scaler)
+            if before:
+                hold_back(before, self._seen()["took_step"])
         return value
+
+    def _before_closure(self, given: Any, scaler: GradScaler | None) -> list[Any]:
+        """What a closure may write into a module and a step not taken must bring back."""
+        judges = scaler is not None or self._guard().judges
+        sources = self._sources if judges and is_closure(given) else []
+        return [pair for s in sources if isinstance(s, ModuleSource) for pair in s.others()]
 
     def _apply_gradients(self, grads: list[Any], loss: Any, scaler: GradScaler | None) -> None:
         if loss is not None:

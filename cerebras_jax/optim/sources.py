@@ -122,6 +122,12 @@ class ModuleSource:
         for variable, value in zip(self.variables, values, strict=True):
             variable.set_value(value)
 
+    def others(self) -> list[tuple[nnx.Variable, Any]]:
+        """All other variables of the module, with their values: statistics, random streams."""
+        mine = set(map(id, self.variables))
+        found = (v for _, v in nnx.iter_graph(self.module) if isinstance(v, nnx.Variable))
+        return [(v, v.get_value()) for v in found if id(v) not in mine]
+
     def tree(self, values: Sequence[Array]) -> nnx.Module:
         """The module."""
         return self.module
@@ -152,6 +158,28 @@ class ModuleSource:
             )
         values = [flat[path] for path in self.paths]
         return [v.get_value() if isinstance(v, nnx.Variable) else v for v in values]
+
+
+def hold_back(before: Sequence[tuple[nnx.Variable, Any]], took_step: Any) -> None:
+    """Brings variables back to their values before a step, where that is not taken.
+
+    Those that were no arrays, or have another shape now, stay as they are.
+    """
+    changed = [(v, new, old) for v, old in before if (new := v.get_value()) is not old]
+    changed = [(v, new, old) for v, new, old in changed if _kind(new) and _kind(new) == _kind(old)]
+    if changed:
+        variables, *values = zip(*changed, strict=True)
+        for variable, value in zip(variables, _chosen(took_step, *values), strict=True):
+            variable.set_value(value)
+
+
+def _kind(x: Any) -> Any:
+    return (x.shape, x.dtype) if isinstance(x, jax.Array) else None
+
+
+@jax.jit
+def _chosen(took_step: Any, new: Sequence[Array], old: Sequence[Array]) -> list[Array]:
+    return [jnp.where(took_step, a, b) for a, b in zip(new, old, strict=True)]
 
 
 Source = TreeSource | ModuleSource
