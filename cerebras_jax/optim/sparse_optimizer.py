@@ -29,7 +29,8 @@ class SparseOptimizer(PairOptimizer):
 
         The masks are the states ``mask``: ``opt.state["dense.kernel"]["mask"]``. They are applied
         as `sparse.sparsify` does. Bounds, skipping and `report` see the gradients that the masks
-        leave; a step that is not taken changes no mask. Wrappers (``around=``) see all gradients.
+        leave; a step that is not taken changes no mask. Wrappers (``around=``) see all gradients,
+        and all are judged then.
 
         Args:
           sparsity: which parameters, by their names, and how: a `sparse.Sparsity`, or an
