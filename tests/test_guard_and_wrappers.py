@@ -1,4 +1,4 @@
-"""The watch over steps among wrappers (``around=``): the oracle is the run without the bad steps."""
+"""The watch over steps among wrappers: the oracle is the run without the bad steps."""
 
 import copy
 import pickle

@@ -100,7 +100,9 @@ class Guard:
         new = GuardState.start(inner, self.skip_spikes)
         if not old.is_on:
             return new
-        return state._replace(spikes=state.spikes if _alike(state.spikes, new.spikes) else new.spikes)
+        return state._replace(
+            spikes=state.spikes if _alike(state.spikes, new.spikes) else new.spikes
+        )
 
 
 def check_setting(name: str, value: Any) -> None:

@@ -46,8 +46,8 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         trains them as float32 ones; see `rule.per_parameter`.
       around: functions from optax pair to optax pair, outermost first, that wrap the update of all
         groups, such as ``lambda tx: optax.MultiSteps(tx, 4)``. They see no step that is not
-        taken, the parameters as they were given, and zeros where a gradient is None; such a parameter stays as it is in that
-        step, whatever they have collected for it.
+        taken, the parameters as they were given, and zeros where a gradient is None; such a
+        parameter stays as it is in that step, whatever they have collected for it.
       donate: whether a step gives the old buffers away: "auto", those that nobody else holds;
         True, all of them; False, none.
     """

@@ -292,7 +292,9 @@ def value_and_grad(
         marks = tuple(mark for source in sources for mark in source.marks)  # pyright: ignore
         value, grads = closure.value_and_grad(whole(trained), loss_scale, marks)
         return value, jax.tree.leaves(grads)
-    value, grads = jax.value_and_grad(lambda mine: objective(whole(mine)), has_aux=with_aux)(trained)
+    value, grads = jax.value_and_grad(lambda mine: objective(whole(mine)), has_aux=with_aux)(
+        trained
+    )
     return (value if loss_scale is None else value[1]), [g for own in grads for g in own]
 
 
