@@ -221,3 +221,54 @@ def test_a_nan_that_a_mask_hides_does_not_reach_wrappers(step):
     alone.skip_nonfinite = True
     step(alone, {"w": jnp.array([[jnp.nan, 1.0], [1.0, 1.0]])})
     assert alone.took_step
+
+
+def sparse_within(tx):
+    return sparse.sparsify(tx, sparse.Static(0.5, init_method="topk"))
+
+
+def test_masks_of_a_wrapper_are_its_own():
+    opts = [optim.SGD(tree(), lr=0.1, momentum=0.9, around=[sparse_within]) for _ in range(2)]
+    opts[0].step(GRADS[0])
+    opts[1].load_state_dict(opts[0].state_dict())
+    for name, value in opts[0].named_parameters():
+        opts[1].set_parameter(name, value)
+    for opt in opts:
+        opt.step(GRADS[1])
+    equal(without_guard(opts[0]), without_guard(opts[1]))
+    with pytest.raises(ValueError, match="sparse already: by a wrapper"):
+        opts[0].apply(sparse.Static(0.5, init_method="topk"))
+
+
+@pytest.mark.parametrize("rounding", ["exact", "stochastic"])
+def test_updates_in_float32_do_not_change_the_dtypes_of_wrappers(rounding):
+    """The states of wrappers are like the parameters, the updates are not."""
+
+    def run(batches):
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree())
+        opt = optim.SGD(params, lr=0.1, rounding=rounding, around=[after])
+        opt.skip_nonfinite = True
+        for g in batches:
+            opt.step(g)
+        return without_guard(opt)
+
+    equal(run([BAD, *GRADS[:2]]), run(GRADS[:2]))
+
+
+def after(tx):
+    return optax.chain(tx, optax.ema(0.5))
+
+
+def test_what_was_measured_is_loaded_with_the_bound_it_was_measured_for():
+    opt, loaded = (optim.SGD(tree(), lr=0.1) for _ in range(2))
+    opt.max_gradient_norm = 0.5
+    opt.step(GRADS[0])
+    loaded.load_state_dict(opt.state_dict())
+    assert float(loaded.report.gradient_norm) == float(opt.report.gradient_norm) > 0
+    other = optim.SGD(tree(), lr=0.1, around=[smoothed])
+    with pytest.raises(ValueError, match="lacks 'around'"):
+        other.load_state_dict(opt.state_dict())
+    assert other.max_gradient_norm is None
+    with pytest.raises(RuntimeError, match="not measured"):
+        _ = other.report
+    other.step(GRADS[0])

@@ -16,7 +16,7 @@ from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.trees import path_name
 from cerebras_jax.messages import shown
 from cerebras_jax.optim.guarding import Guard
-from cerebras_jax.sparse.masking import SparseState
+from cerebras_jax.sparse.masking import find_state
 from cerebras_jax.transforms.grouped import GroupedState
 from cerebras_jax.types import Array
 
@@ -67,7 +67,12 @@ Owners = Callable[[int, Any, Any], list[str | None]]
 
 
 def catalogue(
-    state: Any, params: Any, names: Mapping[str, str], owners: Owners, watch: Guard
+    state: Any,
+    params: Any,
+    names: Mapping[str, str],
+    owners: Owners,
+    watch: Guard,
+    is_sparse: bool = False,
 ) -> Catalogue:
     """Finds out what the leaves of a state are.
 
@@ -77,6 +82,7 @@ def catalogue(
       names: from the dotted path of each leaf of it, in their order, to the parameter's name.
       owners: tells for pairs that are not made of a rule.
       watch: what watches over the steps.
+      is_sparse: whether the optimizer has masks of its own, beside those of wrappers.
 
     Raises:
       ValueError: if the state does not hold that of the groups exactly once.
@@ -108,7 +114,8 @@ def catalogue(
         for path, x in jax.tree_util.tree_leaves_with_path(state)
     ]
     shared = {path: place for path, place in places if place.leaf not in known}
-    _add_masks(of, shared, state, params, names, index)
+    if is_sparse:
+        _add_masks(of, shared, state, params, names, index)
     return Catalogue(of, shared, guard)
 
 
@@ -121,17 +128,15 @@ def _add_masks(
     index: Mapping[int, int],
 ) -> None:
     """Takes what belongs to `sparsify` out of what is shared."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SparseState))
-    for node in nodes:
-        if isinstance(node, SparseState):
-            masks = zip(names.values(), params.flatten_up_to(node.masks), strict=True)
-            places = {n: Place(index[id(m)]) for n, m in masks if id(m) in index}
-            step = Place(index[id(node.step)])
-            for path in [k for k, v in shared.items() if v in (*places.values(), step)]:
-                del shared[path]
-            shared[SPARSE_STEP] = step
-            for name, place in places.items():
-                of[name][MASK] = place
+    node = find_state(state)
+    masks = zip(names.values(), params.flatten_up_to(node.masks), strict=True)
+    places = {n: Place(index[id(m)]) for n, m in masks if id(m) in index}
+    step = Place(index[id(node.step)])
+    for path in [k for k, v in shared.items() if v in (*places.values(), step)]:
+        del shared[path]
+    shared[SPARSE_STEP] = step
+    for name, place in places.items():
+        of[name][MASK] = place
 
 
 def without(entries: Mapping[str, Mapping[str, Any]], *keys: str) -> dict[str, dict[str, Any]]:

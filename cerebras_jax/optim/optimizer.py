@@ -23,7 +23,7 @@ from cerebras_jax.optim.guarding import BOUNDS
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.owner import Owner
 from cerebras_jax.optim.sources import is_closure, value_and_grad
-from cerebras_jax.stateful import Fill, freeze
+from cerebras_jax.stateful import Fill, Memento, freeze
 from cerebras_jax.transforms import clipping
 from cerebras_jax.types import Array
 
@@ -327,8 +327,14 @@ class Optimizer(Owner, ABC):
                     entries[name] = load_array(name, entry, ours[name])
             bounds = [state_dict.get(name, getattr(self, name)) for name in BOUNDS]
             clipping.check_bounds(*bounds)
-            self._load_shared(state_dict)
-            self.max_gradient_norm, self.max_gradient_value = bounds
+            before = Memento(self)
+            try:
+                # First the bounds: what was measured for them has a place then.
+                self.max_gradient_norm, self.max_gradient_value = bounds
+                self._load_shared(state_dict)
+            except BaseException:
+                before.undo()
+                raise
             for mine, group in zip(self.param_groups, groups, strict=True):
                 mine.clear()
                 mine.update(group)

@@ -97,6 +97,11 @@ class PairOptimizer(Optimizer):
 
     # --- state -------------------------------------------------------------------------------
 
+    @property
+    def _is_sparse(self) -> bool:
+        """Hook: whether there are masks in the state, around the groups."""
+        return False
+
     def _kept_state(self) -> Any:
         return self._full_entries(), self._shared(), self._seen(), self._checked
 
@@ -138,6 +143,7 @@ class PairOptimizer(Optimizer):
                 {path: name for name, path in self._paths().items()},
                 lambda g, own, names: self.maker.owners(hyper[g], own, names),
                 self._fitted,
+                self._is_sparse,
             )
         return cache["catalogue"]
 

@@ -109,7 +109,8 @@ def _wrapped(plan: Plan, tx: Any, bounds: Mapping[str, Any]) -> Any:
         old = plan.params.flatten_up_to(params)
         given = zip(old, plan.params.flatten_up_to(grads), strict=True)
         filled = [jnp.zeros_like(p) if i in absent else g for i, (p, g) in enumerate(given)]
-        updates, state = wrapped.update(plan.params.unflatten(filled), state, params, **extra)
+        updates, new_state = wrapped.update(plan.params.unflatten(filled), state, params, **extra)
+        state = _like(state, new_state)  # or a step that is not taken would have other dtypes
         pairs = zip(old, plan.params.flatten_up_to(updates), strict=True)
         new = [p if i in absent else (p + u).astype(p.dtype) for i, (p, u) in enumerate(pairs)]
         # Whatever the wrappers made of the updates.
@@ -167,13 +168,24 @@ def _take_step(
         plan.params.unflatten(params),
         **extra,
     )
-    leaves, structure = jax.tree.flatten(new_state)
-    if structure != plan.state:
+    kept = _like(plan.state.unflatten(state), new_state)
+    return jax.tree.leaves(kept), plan.params.flatten_up_to(new_params)
+
+
+def _like(old: Any, new: Any) -> Any:
+    """A new state in the dtypes of the old one.
+
+    Raises:
+      ValueError: if its structure is another.
+    """
+    leaves, structure = jax.tree.flatten(old)
+    if jax.tree.structure(new) != structure:
         raise ValueError(
-            f"a step must keep the structure of the state {plan.state}, got {structure}"
+            "a step must keep the structure of the state "
+            f"{structure}, got {jax.tree.structure(new)}"
         )
-    new_leaves = [jnp.asarray(new, old.dtype) for new, old in zip(leaves, state, strict=True)]
-    return new_leaves, plan.params.flatten_up_to(new_params)
+    pairs = zip(jax.tree.leaves(new), leaves, strict=True)
+    return structure.unflatten([jnp.asarray(x, like.dtype) for x, like in pairs])
 
 
 class Program:
