@@ -192,6 +192,10 @@ def test_what_is_clipped_after_wrappers_has_no_known_factor():
     opt.max_gradient_norm = 0.1
     opt.step(GRADS[0])
     assert np.isnan(opt.report.clip_factor)
+    scaled = optim.SGD(tree(), lr=0.1, around=[counting])
+    scaled.step(GRADS[0], scaler=optim.GradScaler(max_gradient_norm=0.1))
+    assert np.isnan(scaled.report.clip_factor)
+    equal(scaled.params, opt.params)
     np.testing.assert_allclose(opt.report.gradient_norm, norm(GRADS[0]), rtol=1e-6)
 
 

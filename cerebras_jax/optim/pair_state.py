@@ -45,7 +45,6 @@ class PairOptimizer(Optimizer):
     _keys: list[tuple[str, ...]]  # and their keys
     _fitted: Guard  # what the state was made for
 
-    around: tuple[Any, ...]
     skip_nonfinite: bool
     skip_spikes: SkipSpikes | None
     measure_gradients: bool
@@ -256,8 +255,6 @@ class PairOptimizer(Optimizer):
                 raise RuntimeError(
                     "the gradients are not measured; set measure_gradients=True on the optimizer"
                 )
-            if self.around and self._fitted.clips:
-                state = state._replace(clip_factor=jnp.full((), jnp.nan, jnp.float32))
             return StepReport.of(state)
 
     @property

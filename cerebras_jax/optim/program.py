@@ -87,7 +87,8 @@ def transformation(
     tx: Any = plan.masking.around(grouped(pairs, plan.groups), applied)
     given = dict(zip(plan.guard.clips, bounds, strict=True))
     if plan.around:
-        return optax.with_extra_args_support(plan.guard.around(_wrapped(plan, tx, given), {}))
+        tx = plan.guard.around(_wrapped(plan, tx, given), {})
+        return optax.with_extra_args_support(_without_factor(tx) if given else tx)
     tx = plan.guard.around(tx, given)
     return optax.with_extra_args_support(plan.masking.before(tx) if plan.guard.is_on else tx)
 
@@ -117,6 +118,16 @@ def _wrapped(plan: Plan, tx: Any, bounds: Mapping[str, Any]) -> Any:
         return plan.masking.prune(plan.params.unflatten(new), state), state
 
     return optax.GradientTransformationExtraArgs(wrapped.init, update)  # pyright: ignore
+
+
+def _without_factor(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """The guard around wrappers does not know by what their output was clipped."""
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        new_params, state = tx.update(grads, state, params, **extra)
+        return new_params, state._replace(clip_factor=jnp.full((), jnp.nan, jnp.float32))
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)  # pyright: ignore
 
 
 def _without_gradients(tx: Any, absent: set[str]) -> optax.GradientTransformationExtraArgs:
