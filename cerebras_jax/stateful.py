@@ -4,12 +4,13 @@
 stand on; they know no class.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -163,6 +164,24 @@ class Stateful:
     def __getstate__(self) -> dict[str, Any]:
         with self.lock:
             return self._attributes()
+
+
+@contextlib.contextmanager
+def locked(objects: Iterable[Any]) -> Iterator[None]:
+    """Holds the locks of several objects at once; what has none, such as None, is passed over.
+
+    They are taken in one order, the same for all callers: two threads that need the same objects
+    never wait for each other. Who holds one of them already must not ask for more this way.
+
+    >>> a, b = Stateful(), Stateful()
+    >>> with locked([a, b, None]):
+    ...     pass
+    """
+    mine = {id(x): x for x in objects if isinstance(x, Stateful)}
+    with contextlib.ExitStack() as stack:
+        for _, obj in sorted(mine.items()):
+            stack.enter_context(obj.lock)
+        yield
 
 
 # --- attributes -----------------------------------------------------------------------------------

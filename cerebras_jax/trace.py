@@ -18,7 +18,7 @@ from cerebras_jax.donation import Donate, Donor
 from cerebras_jax.engine.placement import Placement, Placements, beside, mesh_of
 from cerebras_jax.programs import Programs
 from cerebras_jax.signals import deferred_signals
-from cerebras_jax.stateful import OUTSIDE, Memento, Stateful, is_nnx, is_reference
+from cerebras_jax.stateful import OUTSIDE, Memento, Stateful, is_nnx, is_reference, locked
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,9 +73,7 @@ def trace(fn: Callable[P, R], donate: Donate = "auto", scan: bool = False) -> Ca
     @functools.wraps(fn)
     def traced(*args: P.args, **kwargs: P.kwargs) -> R:
         call = _Call((args, kwargs))
-        with contextlib.ExitStack() as stack:
-            for lock in call.locks():
-                stack.enter_context(lock)
+        with locked(call.objects):
             while True:
                 call.take_apart(placements)
                 try:
@@ -140,10 +138,6 @@ class _Call:
         if is_nnx(x):
             return "module", _index_of(x, self.modules)
         return "object", _index_of(x, self.objects)
-
-    def locks(self) -> list[Any]:
-        """In one order for all calls, so that they do not wait for each other."""
-        return [obj.lock for obj in sorted(self.objects, key=id)]
 
     def owners(self) -> list[Any]:
         return [*self.objects, *self.modules]

@@ -1,6 +1,7 @@
 """`optimizer_of` any optax factory, and wrappers around the groups: with optax as the oracle."""
 
 import copy
+import functools
 import pickle
 
 import jax
@@ -417,6 +418,26 @@ def test_a_class_is_made_once_for_a_factory_and_its_instances_can_be_pickled():
     for each in (opt, twin):
         each.step(grads)
     np.testing.assert_array_equal(twin.params["w"], opt.params["w"])
+
+
+def test_partials_whose_numbers_are_of_other_types_are_other_classes():
+    def factory(rate, flag=None):
+        return optax.sgd(rate)
+
+    made = [
+        optim.optimizer_of(functools.partial(factory, flag=flag))
+        for flag in (1, True, 1.0, np.float32(1), (1,), (True,), jnp.ones(2), jnp.zeros(2))
+    ]
+    assert len(set(made)) == len(made)
+    again = functools.partial(factory, flag=True)
+    assert optim.optimizer_of(again) is made[1]
+
+
+@pytest.mark.parametrize("how", [{"state_dtype": jnp.bfloat16}, {"rounding": "exact"}], ids=str)
+def test_what_only_our_own_rules_can_do_is_refused_by_name(how):
+    (name,) = how
+    with pytest.raises(TypeError, match=f"{name} is for classes of our own rules; optax.adam"):
+        optim.optimizer_of(optax.adam)(tree(), learning_rate=0.1, **how)
 
 
 class NAdamW(optim.optimizer_of(optax.nadamw)):

@@ -433,6 +433,54 @@ def test_two_optimizers_in_two_threads_are_as_one_after_the_other():
         np.testing.assert_array_equal(opt.params["w"], alone.params["w"])
 
 
+class _Noted:
+    """A lock that writes down when it is first taken."""
+
+    def __init__(self, obj, taken):
+        self.lock, self.obj, self.taken = threading.RLock(), obj, taken
+
+    def __enter__(self):
+        if not any(x is self.obj for x in self.taken):
+            self.taken.append(self.obj)
+        return self.lock.__enter__()
+
+    def __exit__(self, *args):
+        return self.lock.__exit__(*args)
+
+
+def test_locks_of_several_objects_are_taken_in_one_order():
+    """Else two threads that need the same objects wait for each other for ever."""
+    opts, scalers = zip(
+        *[(optim.SGD(weights(), lr=0.1), optim.GradScaler("dynamic")) for _ in range(10)],
+        strict=True,
+    )
+    opt, scaler = max(opts, key=id), min(scalers, key=id)  # the order of the addresses
+    sched = optim.lr_scheduler.ChainedScheduler([optim.lr_scheduler.ConstantLR(opt, 0.1)])
+    average, saved = optim.Average(opt), sched.state_dict()
+    grads = {"w": np.ones(2, np.float32)}
+    traced = cjax.trace(lambda sched, opt, scaler: opt.step(grads, scaler=scaler))
+    for needs in (
+        lambda: opt.step(grads, scaler=scaler),
+        lambda: sched.step(),
+        lambda: sched.load_state_dict(saved),
+        lambda: average.update(),
+        lambda: traced(sched, opt, scaler),
+    ):
+        taken = []
+        for obj in (opt, scaler, sched, average):
+            vars(obj)["_lock"] = _Noted(obj, taken)
+        needs()
+        assert len(taken) > 1
+        assert taken == sorted(taken, key=id)
+
+
+def test_settings_are_set_under_the_lock():
+    opt, taken = optim.SGD(weights(), lr=0.1), []
+    vars(opt)["_lock"] = _Noted(opt, taken)
+    opt.skip_nonfinite = True
+    assert taken == [opt]
+
+
 # --- None gradients -------------------------------------------------------------------------------
 
 

@@ -201,3 +201,81 @@ def test_predicates_and_an_order_in_groups():
     assert [float(numbered[i]["momentum_buffer"].max()) for i in range(3)] == [2, 1, 3]
     with pytest.raises(ValueError, match=r"order must .* missing: \['b'\], unknown: \['d'\]"):
         optim.param_groups(tree, [], order=["a", "d", "c"])
+
+
+# --- closures -------------------------------------------------------------------------------------
+
+
+def mixed():
+    """Two trees, with a frozen leaf of whole numbers and one of floats in the first."""
+    body = {"w": jnp.array([1.0, 2.0]), "scale": jnp.float32(3.0), "ids": jnp.array([0, 1])}
+    return optim.select(body, "w"), {"head": jnp.array([0.5, -0.5])}
+
+
+def mixed_loss(trees, x):
+    body, head = trees
+    return (((body["w"] * x)[..., body["ids"]] * body["scale"] + head["head"]) ** 2).mean()
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("steps", [None, 1, 2])
+@pytest.mark.parametrize("transformed", [lambda f: f, cerebras_jax.trace], ids=["class", "trace"])
+def test_closures_over_several_trees_with_frozen_leaves(transformed, steps, scale):
+    """Against gradients that were worked out apart."""
+    body, head = mixed()
+    opt = optim.SGD([{"params": body}, {"params": head}], lr=0.1)
+    scaler = scale and optim.GradScaler(scale)
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+
+    def step(opt, scaler, x):
+        parts = steps and cerebras_jax.accumulate(mixed_loss, x, steps)
+        return opt.step(parts or (lambda trees: mixed_loss(trees, x)), scaler=scaler)
+
+    def loss(w, h):
+        return mixed_loss([{**body.tree, "w": w}, {"head": h}], x)
+
+    value, (gw, gh) = jax.value_and_grad(loss, (0, 1))(body.tree["w"], head["head"])
+    np.testing.assert_allclose(transformed(step)(opt, scaler, x), value, rtol=1e-6)
+    new_body, new_head = opt.params
+    np.testing.assert_allclose(new_body["w"], body.tree["w"] - 0.1 * gw, rtol=1e-6)
+    np.testing.assert_allclose(new_head["head"], head["head"] - 0.1 * gh, rtol=1e-6)
+    np.testing.assert_array_equal(new_body["ids"], [0, 1])
+    assert new_body["ids"].dtype == jnp.int32
+    assert set(opt.state) == {"w", "head"}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_accumulation_over_one_tree_with_frozen_leaves(steps):
+    tree = {"w": jnp.array([1.0, 2.0]), "ids": jnp.array([0, 1])}
+
+    def loss_fn(params, x):
+        return ((params["w"] * x)[..., params["ids"]] ** 2).mean()
+
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    opts = [optim.SGD(optim.select(tree, "w"), lr=0.1) for _ in range(2)]
+    opts[0].step(cerebras_jax.accumulate(loss_fn, x, steps))
+    opts[1].step(lambda params: loss_fn(params, x))
+    np.testing.assert_allclose(opts[0].params["w"], opts[1].params["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_accumulation_over_variables_that_are_no_parameters(steps):
+    """Their gradients are those of the closure without parts; what is frozen has none."""
+
+    class Scale(nnx.Variable):
+        pass
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w, self.scale = nnx.Param(jnp.ones(2)), Scale(jnp.ones(2))
+
+    def loss_fn(model, x):
+        return ((model.w[...] * x * model.scale[...]) ** 2).mean()
+
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    models = [Model(), Model()]
+    opts = [optim.SGD(optim.select(model, Scale), lr=0.1) for model in models]
+    opts[0].step(cerebras_jax.accumulate(loss_fn, x, steps))
+    opts[1].step(lambda model: loss_fn(model, x))
+    np.testing.assert_allclose(models[0].scale[...], models[1].scale[...], rtol=1e-6)
+    np.testing.assert_array_equal(models[0].w[...], 1)

@@ -13,6 +13,7 @@ from cerebras_jax.engine.lift import PureOptimizer
 from cerebras_jax.optim.makers import ForeignMaker, RuleMaker
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.shell import ShellOptimizer
+from cerebras_jax.stateful import freeze
 
 P = ParamSpec("P")
 
@@ -47,16 +48,30 @@ def optimizer_of(
         raise TypeError(
             f"optimizer_of takes a function that returns an optax pair, got {factory!r}"
         )
-    key: Any = factory
-    if isinstance(factory, functools.partial):  # each copy is another object
-        key = factory.func, factory.args, tuple(factory.keywords.items())
-    try:
-        found = _MADE.get(key)
-    except TypeError:  # not hashable
+    key = _key_of(factory)
+    if key is None:
         return _class_of(factory)
+    found = _MADE.get(key)
     if found is None:
         found = _MADE[key] = _class_of(factory)
     return found
+
+
+def _key_of(factory: Any) -> Any:
+    """What factories of one class have in common; None: it has no class to share.
+
+    Each copy of a partial is another object, so what is in it counts; 1, 1.0 and True are three.
+    """
+    parts = factory
+    if isinstance(factory, functools.partial):
+        parts = factory.func, factory.args, factory.keywords
+    arrays: list[Any] = []
+    key = freeze(parts, arrays, arrays)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return None if arrays else key
 
 
 _MADE: weakref.WeakValueDictionary[Any, type[ShellOptimizer]] = weakref.WeakValueDictionary()

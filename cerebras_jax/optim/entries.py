@@ -1,5 +1,6 @@
 """Which array of an optimizer's state belongs to which parameter, and under which name."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.trees import path_name
-from cerebras_jax.optim.guarding import guard_only
-from cerebras_jax.sparse.masking import SparseState
+from cerebras_jax.messages import shown
+from cerebras_jax.optim.guarding import Guard
+from cerebras_jax.sparse.masking import find_state
 from cerebras_jax.transforms.grouped import GroupedState
 from cerebras_jax.types import Array
 
@@ -64,7 +66,14 @@ Owners = Callable[[int, Any, Any], list[str | None]]
 """For a group, its state and a tree of names like its parameters: which leaf is whose."""
 
 
-def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners) -> Catalogue:
+def catalogue(
+    state: Any,
+    params: Any,
+    names: Mapping[str, str],
+    owners: Owners,
+    watch: Guard,
+    is_sparse: bool = False,
+) -> Catalogue:
     """Finds out what the leaves of a state are.
 
     Args:
@@ -72,12 +81,18 @@ def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners)
       params: the structure of the parameters.
       names: from the dotted path of each leaf of it, in their order, to the parameter's name.
       owners: tells for pairs that are not made of a rule.
+      watch: what watches over the steps.
+      is_sparse: whether the optimizer has masks of its own, beside those of wrappers.
 
     Raises:
       ValueError: if the state does not hold that of the groups exactly once.
     """
-    leaves = jax.tree.leaves(state)
-    index = {id(x): i for i, x in enumerate(leaves)}
+    index = {id(x): i for i, x in enumerate(jax.tree.leaves(state))}
+    guard = {
+        path_name(path): Place(index[id(x)])
+        for path, x in jax.tree_util.tree_leaves_with_path(watch.watch(state))
+    }
+    state = watch.guarded(state)
     of: dict[str, dict[str, Place]] = {name: {} for name in names.values()}
     nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_groups) if _is_groups(x)]
     if len(nodes) != 1:
@@ -94,14 +109,13 @@ def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners)
         else:
             mine = owners(g, own, masked.unflatten(members))
             _add_foreign(of, own, mine, members, index)
-    guard = {
-        path_name(path): Place(index[id(x)])
-        for path, x in jax.tree_util.tree_leaves_with_path(guard_only(state))
-    }
-    known |= {place.leaf for place in guard.values()}
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    shared = {paths[i]: Place(i) for i in range(len(leaves)) if i not in known}
-    _add_masks(of, shared, state, params, names, index)
+    places = [
+        (path_name(path), Place(index[id(x)]))
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+    ]
+    shared = {path: place for path, place in places if place.leaf not in known}
+    if is_sparse:
+        _add_masks(of, shared, state, params, names, index)
     return Catalogue(of, shared, guard)
 
 
@@ -114,22 +128,52 @@ def _add_masks(
     index: Mapping[int, int],
 ) -> None:
     """Takes what belongs to `sparsify` out of what is shared."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SparseState))
-    for node in nodes:
-        if isinstance(node, SparseState):
-            masks = zip(names.values(), params.flatten_up_to(node.masks), strict=True)
-            places = {n: Place(index[id(m)]) for n, m in masks if id(m) in index}
-            step = Place(index[id(node.step)])
-            for path in [k for k, v in shared.items() if v in (*places.values(), step)]:
-                del shared[path]
-            shared[SPARSE_STEP] = step
-            for name, place in places.items():
-                of[name][MASK] = place
+    node = find_state(state)
+    masks = zip(names.values(), params.flatten_up_to(node.masks), strict=True)
+    places = {n: Place(index[id(m)]) for n, m in masks if id(m) in index}
+    step = Place(index[id(node.step)])
+    for path in [k for k, v in shared.items() if v in (*places.values(), step)]:
+        del shared[path]
+    shared[SPARSE_STEP] = step
+    for name, place in places.items():
+        of[name][MASK] = place
 
 
-def without_masks(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The states of the algorithm alone."""
-    return {n: {k: v for k, v in entry.items() if k != MASK} for n, entry in entries.items()}
+def without(entries: Mapping[str, Mapping[str, Any]], *keys: str) -> dict[str, dict[str, Any]]:
+    """The states of these names left out."""
+    return {n: {k: v for k, v in entry.items() if k not in keys} for n, entry in entries.items()}
+
+
+def with_our_low_bits(
+    loaded: Mapping[str, Any], ours: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Loaded states with the bits that ``rounding="exact"`` keeps, or does not keep, here.
+
+    Another rounding has none: they are zero then. Those that are not kept here are left out. Both
+    is said once.
+
+    Args:
+      loaded: by parameter name, the loaded states by name, or None.
+      ours: by parameter name, the states to be replaced.
+    """
+    result, lacking, dropped = dict(loaded), [], []
+    for name, entry in loaded.items():
+        if entry is None:
+            continue
+        theirs, mine = entry.get(LOW_BITS), ours[name].get(LOW_BITS)
+        if theirs is None and mine is not None:
+            lacking.append(name)
+            result[name] = {**entry, LOW_BITS: jnp.zeros_like(mine)}
+        elif theirs is not None and mine is None:
+            dropped.append(name)
+            result[name] = {k: v for k, v in entry.items() if k != LOW_BITS}
+    for names, what in (
+        (lacking, "has no {}: with rounding='exact' {} start from their bfloat16 values"),
+        (dropped, "has {}, which rounding='exact' keeps: they are dropped for {}"),
+    ):
+        if names:
+            warnings.warn("the state dict " + what.format(LOW_BITS, shown(names)), stacklevel=6)
+    return result
 
 
 def _masked(params: Any, names: Mapping[str, str], members: set[str]) -> Any:

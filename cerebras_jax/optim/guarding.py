@@ -4,13 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
 from cerebras_jax.checks import check, check_flag, is_number
-from cerebras_jax.sparse.masking import SparseState
 from cerebras_jax.transforms.finite import GuardState, guard
-from cerebras_jax.transforms.grouped import GroupedState
 from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.types import Array
 
@@ -23,7 +20,8 @@ class StepReport(NamedTuple):
 
     Attributes:
       gradient_norm: float32 scalar, the global norm of the gradients, before clipping.
-      clip_factor: float32 scalar, what they were multiplied with to clip them.
+      clip_factor: float32 scalar, what they were multiplied with to clip them; NaN if that comes
+        after wrappers (``around=``), whose output is clipped.
       took_step: bool scalar, whether the step was taken; True before the first.
       num_skipped_steps: int32 scalar, the steps not taken so far.
       skipped_in_a_row: int32 scalar, the steps not taken since the last that was.
@@ -69,9 +67,9 @@ class Guard:
         return self.skip_nonfinite or self.skip_spikes is not None
 
     def around(
-        self, tx: optax.GradientTransformation, bounds: Mapping[str, Any], returns_params: bool
+        self, tx: optax.GradientTransformation, bounds: Mapping[str, Any]
     ) -> optax.GradientTransformation:
-        """The pair under watch, with the bounds in force; see `guard`."""
+        """The pair, which returns new parameters, under watch with these bounds; see `guard`."""
         if not self.is_on:
             return tx
         return guard(
@@ -80,34 +78,31 @@ class Guard:
             bounds.get("max_gradient_value"),
             self.skip_nonfinite,
             self.skip_spikes,
-            returns_params=returns_params,
+            returns_params=True,
         )
 
-    def fitted(self, state: Any) -> Any:
-        """A state of groups, within whatever wrappers, with a `GuardState` if it is on.
+    def watch(self, state: Any) -> GuardState | None:
+        """The `GuardState` of this watch, without what is guarded; None if it is off.
 
-        What the state has of it already stays.
+        It is the outermost node. Those within are states of wrappers.
         """
+        return state._replace(inner=None) if self.is_on else None
 
-        def fit(node: Any) -> Any:
-            if isinstance(node, GroupedState | SparseState):
-                return GuardState.start(node, self.skip_spikes) if self.is_on else node
-            if not isinstance(node, GuardState):
-                return node
-            if not self.is_on:
-                return node.inner
-            new = GuardState.start(None, self.skip_spikes).spikes
-            return node._replace(spikes=node.spikes if _alike(node.spikes, new) else new)
+    def guarded(self, state: Any) -> Any:
+        """The state of what is under watch."""
+        return state.inner if self.is_on else state
 
-        kinds = GuardState | SparseState | GroupedState
-        return jax.tree.map(fit, state, is_leaf=lambda x: isinstance(x, kinds))
-
-
-def guard_only(state: Any) -> GuardState | None:
-    """The `GuardState` in a state, without what is guarded; None if there is none."""
-    nodes: list[Any] = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, GuardState))
-    found = [x for x in nodes if isinstance(x, GuardState)]
-    return found[0]._replace(inner=None) if found else None
+    def refitted(self, state: Any, old: "Guard") -> Any:
+        """The state of another watch as one of this watch; what both have stays."""
+        inner = old.guarded(state)
+        if not self.is_on:
+            return inner
+        new = GuardState.start(inner, self.skip_spikes)
+        if not old.is_on:
+            return new
+        return state._replace(
+            spikes=state.spikes if _alike(state.spikes, new.spikes) else new.spikes
+        )
 
 
 def check_setting(name: str, value: Any) -> None:

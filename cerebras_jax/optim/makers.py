@@ -44,6 +44,9 @@ class RuleMaker:
         """Refuses values out of range."""
         self.factory(**hyper)
 
+    def check_how(self, how: How) -> None:
+        """Refuses ways to keep arrays that there are not; `pair` does."""
+
     def live(self, hyper: Mapping[str, Any]) -> frozenset[str]:
         """Names of the arguments whose numbers may be traced."""
         return frozenset(hyper) - whole_arguments(self.factory)
@@ -79,6 +82,15 @@ class ForeignMaker:
     def check(self, hyper: Mapping[str, Any]) -> None:
         """Refuses what the factory refuses."""
         self.factory(**hyper)
+
+    def check_how(self, how: How) -> None:
+        """Refuses ways to keep arrays: the factory alone knows its states."""
+        for name, value, default in zip(how._fields, how, How(), strict=True):
+            if value is not None and value != default:
+                raise TypeError(
+                    f"{name} is for classes of our own rules; {foreign.name_of(self.factory)} "
+                    f"keeps arrays in its own way, got {name}={value!r}"
+                )
 
     def live(self, hyper: Mapping[str, Any]) -> frozenset[str]:
         """Names of the arguments whose numbers may be traced."""

@@ -23,8 +23,8 @@ from cerebras_jax.optim.entries import NamedState
 from cerebras_jax.optim.guarding import BOUNDS
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.owner import Owner
-from cerebras_jax.optim.sources import ModuleSource, is_closure, value_and_grad
-from cerebras_jax.stateful import Fill, freeze
+from cerebras_jax.optim.sources import is_closure, value_and_grad
+from cerebras_jax.stateful import Fill, Memento, freeze
 from cerebras_jax.transforms import clipping
 from cerebras_jax.types import Array
 
@@ -146,17 +146,18 @@ class Optimizer(Owner, ABC):
     def _gradients(
         self, given: Any, has_aux: bool, loss_scale: Any = None
     ) -> tuple[Any, list[Any]]:
-        value = None
         if is_closure(given):
-            several = len(self._sources) > 1 or self._structured_as_list
-            if several and any(isinstance(s, ModuleSource) for s in self._sources):
-                raise TypeError("a closure over several parameter trees takes no modules")
-            source = None if several else self._sources[0]
-            leaves = self.params if several else self._leaves()[0]
-            value, given = value_and_grad(given, source, leaves, has_aux, loss_scale)
-        elif given is None:
+            return value_and_grad(
+                given,
+                self._sources,
+                self._leaves(),
+                has_aux,
+                loss_scale,
+                is_list=not self._is_one_tree(),
+            )
+        if given is None:
             raise TypeError("step needs the gradients, or a closure that returns the loss")
-        return value, self._align(given)
+        return None, self._align(given)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Accepted for PyTorch's sake; gradients are arguments here, there is nothing to clear."""
@@ -331,14 +332,23 @@ class Optimizer(Owner, ABC):
                 groups.append(group)
             entries = dict(ours)
             if match.has_state:
-                for group in groups:
-                    for name in group["params"]:
-                        loaded = self._import_state(match.entries.get(name), group, ours[name])
-                        entries[name] = load_array(name, loaded, ours[name])
+                loaded = {
+                    name: self._import_state(match.entries.get(name), group, ours[name])
+                    for group in groups
+                    for name in group["params"]
+                }
+                for name, entry in self._complete(loaded, ours).items():
+                    entries[name] = load_array(name, entry, ours[name])
             bounds = [state_dict.get(name, getattr(self, name)) for name in BOUNDS]
             clipping.check_bounds(*bounds)
-            self._load_shared(state_dict)
-            self.max_gradient_norm, self.max_gradient_value = bounds
+            before = Memento(self)
+            try:
+                # First the bounds: what was measured for them has a place then.
+                self.max_gradient_norm, self.max_gradient_value = bounds
+                self._load_shared(state_dict)
+            except BaseException:
+                before.undo()
+                raise
             for mine, group in zip(self.param_groups, groups, strict=True):
                 mine.clear()
                 mine.update(group)
@@ -354,6 +364,12 @@ class Optimizer(Owner, ABC):
 
     def _import_state(self, entry: Any, group: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
         return entry
+
+    def _complete(
+        self, loaded: dict[str, Any], ours: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Hook: the loaded states by parameter name, with those that others leave out."""
+        return loaded
 
     def _load_shared(self, state_dict: Mapping[str, Any]) -> None:
         """Hook: takes over what belongs to no parameter."""

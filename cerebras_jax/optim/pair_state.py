@@ -14,11 +14,11 @@ from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_known, load_shared
 from cerebras_jax.optim import clocks, entries, numbers
 from cerebras_jax.optim.entries import Catalogue, NamedState, StateView
-from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, Guard, StepReport, guard_only
+from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, Guard, StepReport
 from cerebras_jax.optim.makers import Maker, RuleMaker
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.stateful import Fill, Slot
-from cerebras_jax.transforms.finite import GuardState
+from cerebras_jax.transforms.finite import GuardState, check_skips
 from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.types import Array
 
@@ -97,10 +97,13 @@ class PairOptimizer(Optimizer):
 
     # --- state -------------------------------------------------------------------------------
 
+    @property
+    def _is_sparse(self) -> bool:
+        """Hook: whether there are masks in the state, around the groups."""
+        return False
+
     def _kept_state(self) -> Any:
-        catalogue = self._catalogue()
-        shared = catalogue.shared | catalogue.guard
-        return self._full_entries(), entries.read(self._state, shared, {}), self._checked
+        return self._full_entries(), self._shared(), self._seen(), self._checked
 
     def _take_state(self, state: Any) -> None:
         """Sets the state; what lies nowhere goes beside the parameters."""
@@ -114,10 +117,10 @@ class PairOptimizer(Optimizer):
         self._state = []
         self.preinitialize()
         if kept is not None:
-            entries, shared, checked = kept
+            entries, shared, seen, checked = kept
             self._checked[: len(checked)] = checked
             self._set_entries(entries)
-            self._set_shared(shared)
+            self._set_shared(shared, seen)
 
     def _regroup(self) -> None:
         """Moves the states when names were moved between groups, or within one."""
@@ -147,6 +150,8 @@ class PairOptimizer(Optimizer):
                 self._treedef(),
                 {path: name for name, path in self._paths().items()},
                 lambda g, own, names: self.maker.owners(hyper[g], own, names),
+                self._fitted,
+                self._is_sparse,
             )
         return cache["catalogue"]
 
@@ -179,7 +184,7 @@ class PairOptimizer(Optimizer):
         return any(callable(x) for x in jax.tree.leaves(self._hyper(group), is_leaf=callable))
 
     def _entries(self) -> dict[str, dict[str, Any]]:
-        return entries.without_masks(self.state)
+        return entries.without(self.state, entries.MASK)
 
     def _full_entries(self) -> dict[str, dict[str, Any]]:
         host: dict[int, Any] = {}
@@ -195,17 +200,25 @@ class PairOptimizer(Optimizer):
         """What belongs to no parameter: the states of wrappers, by path."""
         return entries.read(self._state, self._catalogue().shared, {})
 
-    def _set_shared(self, values: Mapping[str, Any]) -> None:
-        places = self._catalogue().shared | self._catalogue().guard
-        for path in places.keys() & values.keys():
-            self._state[places[path].leaf] = beside(values[path], self._mesh())
+    def _seen(self) -> dict[str, Any]:
+        """What watches over the steps, by name."""
+        return entries.read(self._state, self._catalogue().guard, {})
+
+    def _set_shared(self, shared: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
+        known = self._catalogue()
+        for places, values in ((known.shared, shared), (known.guard, seen)):
+            for path in places.keys() & values.keys():
+                self._state[places[path].leaf] = beside(values[path], self._mesh())
 
     # --- what watches over the steps -----------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in SETTINGS and vars(self).get("_structure") is not None:
-            self._fit_guard()
+        if name not in SETTINGS:
+            return super().__setattr__(name, value)
+        with self.lock:
+            super().__setattr__(name, value)
+            if vars(self).get("_structure") is not None:
+                self._fit_guard()
 
     def _check_new_attribute(self, name: str) -> None:
         super()._check_new_attribute(name)
@@ -225,7 +238,7 @@ class PairOptimizer(Optimizer):
         guard = self._guard()
         if guard == self._fitted:
             return
-        self._take_state(guard.fitted(self._structure.unflatten(self._state)))
+        self._take_state(guard.refitted(self._structure.unflatten(self._state), self._fitted))
         self._fitted = guard
         vars(self).pop("_cache", None)
 
@@ -235,7 +248,7 @@ class PairOptimizer(Optimizer):
         self._fit_guard()
 
     def _watch(self) -> GuardState | None:
-        return guard_only(self._structure.unflatten(self._state))
+        return self._fitted.watch(self._structure.unflatten(self._state))
 
     @property
     def report(self) -> StepReport:
@@ -265,25 +278,24 @@ class PairOptimizer(Optimizer):
     def check_skips(self, max_in_a_row: int = 10) -> None:
         """Raises if too many steps in a row were not taken; waits for the last step.
 
+        Args:
+          max_in_a_row: how many are accepted.
+
         Raises:
-          FloatingPointError: says how many, and what was seen.
+          FloatingPointError: says how many, and the norm of the last gradients.
         """
-        if self.took_step is True:
-            return
-        report = self.report
-        if (n := int(report.skipped_in_a_row)) >= max_in_a_row:
-            raise FloatingPointError(
-                f"{n} steps in a row were not taken, {int(report.num_skipped_steps)} in all; the "
-                f"last gradients had the norm {float(report.gradient_norm)}"
-            )
+        with self.lock:
+            state = self._watch()
+        if state is not None:
+            check_skips(state, max_in_a_row)
 
     def named_state(self) -> NamedState:
         """See `Optimizer.named_state`."""
         with self.lock:
             self._regroup()
             found = entries.named(self._state, self._catalogue())
-            guard = entries.read(self._state, self._catalogue().guard, {})
-            return found._replace(shared=found.shared | super().named_state().shared, guard=guard)
+            shared = found.shared | super().named_state().shared
+            return found._replace(shared=shared, guard=self._seen())
 
     def _set_named_state(self, state: NamedState) -> None:
         known = self._catalogue()
@@ -293,7 +305,7 @@ class PairOptimizer(Optimizer):
         }
         self._set_entries({n: state.states.get(n, {}) | scalars[n] for n in known.of})
         shared = {k: v for k, v in state.shared.items() if k in known.shared}
-        self._set_shared({**shared, **state.guard})
+        self._set_shared(shared, state.guard)
         attributes = [v for k, v in state.shared.items() if k not in known.shared]
         self._refill(Fill(iter(attributes), None))
 
@@ -317,14 +329,12 @@ class PairOptimizer(Optimizer):
         """
         with self.lock:
             result = super().state_dict()
-            guard = entries.read(self._state, self._catalogue().guard, {})
-            more = {"around": self._shared(), "guard": guard}
+            more = {"around": self._shared(), "guard": self._seen()}
             return {**result, **{k: v for k, v in more.items() if v}}
 
     def _load_shared(self, state_dict: Mapping[str, Any]) -> None:
-        ours = entries.read(self._state, self._catalogue().guard, {})
-        guard = load_known(state_dict.get("guard"), ours)
-        self._set_shared(load_shared(state_dict.get("around"), self._shared()) | guard)
+        seen = load_known(state_dict.get("guard"), self._seen())
+        self._set_shared(load_shared(state_dict.get("around"), self._shared()), seen)
 
     def _import_group(self, group: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
         return torch_format.import_group(self._dialect(), group, self.defaults, ours)
@@ -336,6 +346,11 @@ class PairOptimizer(Optimizer):
         if not self._stores_step(group) and "step" in ours:
             entry.setdefault("step", ours["step"])
         return entry
+
+    def _complete(
+        self, loaded: dict[str, Any], ours: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        return entries.with_our_low_bits(loaded, ours)
 
     def _dialect(self) -> torch_format.Dialect:
         return torch_format.dialect_of(self.maker.factory)
@@ -358,7 +373,7 @@ class PairOptimizer(Optimizer):
         """
         with self.lock:
             names = self._grouped_names() if param_names is None else list(param_names)
-            mine = entries.without_masks(self._full_entries())
+            mine = entries.without(self._full_entries(), entries.MASK, entries.LOW_BITS)
             return torch_format.to_torch_state_dict(self._dialect(), self.param_groups, mine, names)
 
     # --- the parts that change, for jit and trace ------------------------------------------------

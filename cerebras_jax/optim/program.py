@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +11,13 @@ import optax
 
 from cerebras_jax.engine.placement import Placement, explicit_shardings
 from cerebras_jax.engine.trees import as_array, check_grads, leaf_paths
-from cerebras_jax.optim.guarding import Guard
+from cerebras_jax.optim.guarding import BOUNDS, Guard
 from cerebras_jax.optim.makers import How, Maker
 from cerebras_jax.optim.masking import Masking
 from cerebras_jax.optim.numbers import join
 from cerebras_jax.programs import Programs
+from cerebras_jax.transforms import clipping
 from cerebras_jax.transforms.grouped import grouped
-from cerebras_jax.transforms.loss_scale import unscale
 from cerebras_jax.types import Array
 
 Wrapper = Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -68,33 +68,69 @@ class Plan:
 
 
 def transformation(
-    plan: Plan, numbers: Sequence[Sequence[Any]], bounds: Sequence[Any], *, applied: bool = False
+    plan: Plan, numbers: Sequence[Sequence[Any]], bounds: Sequence[Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """The optax pair that a step applies.
+    """The optax pair that a step applies; its update returns new parameters.
 
-    Outermost first: the wrappers, the masking of gradients, the guard, the masks, the groups.
+    Outermost first: the masking of gradients, the guard, the wrappers, the masks, the groups. So
+    wrappers are given no step that is not taken, and their states stay with all others. Where
+    there are wrappers, the guard sees all that they see, and what they hand on is masked and
+    clipped.
 
     Args:
       plan: what is static.
       numbers: per group, the numbers in force.
       bounds: the bounds of the gradients, in the order of ``plan.guard.clips``.
-      applied: whether its update returns new parameters; only where there are no wrappers.
     """
+    applied = not plan.around
     pairs = [
         plan.maker.pair(join(values, static), plan.how, same, applied)
         for values, static, same in zip(numbers, plan.statics, plan.same, strict=True)
     ]
     tx: Any = plan.masking.around(grouped(pairs, plan.groups), applied)
-    if plan.absent and not applied:
+    given = dict(zip(plan.guard.clips, bounds, strict=True))
+    if plan.around:
+        tx = plan.guard.around(_wrapped(plan, tx, given), {})
+        return optax.with_extra_args_support(_without_factor(tx) if given else tx)
+    tx = plan.guard.around(tx, given)
+    return optax.with_extra_args_support(plan.masking.before(tx) if plan.guard.is_on else tx)
+
+
+def _wrapped(plan: Plan, tx: Any, bounds: Mapping[str, Any]) -> Any:
+    """The wrappers around the groups: they see zeros for absent gradients."""
+    if plan.absent:
         tx = _without_gradients(tx, {plan.names[i] for i in plan.absent})
-    tx = plan.guard.around(tx, dict(zip(plan.guard.clips, bounds, strict=True)), applied)
-    if plan.guard.is_on:
-        tx = plan.masking.before(tx)
+    if bounds:
+        tx = plan.masking.before(clipping.bounded(tx, *map(bounds.get, BOUNDS)))
     for wrap in reversed(plan.around):
         tx = wrap(tx)
         if isinstance(tx, optax.MultiSteps):
             tx = tx.gradient_transformation()
-    return optax.with_extra_args_support(tx)
+    wrapped = optax.with_extra_args_support(tx)
+    absent = set(plan.absent)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        old = plan.params.flatten_up_to(params)
+        given = zip(old, plan.params.flatten_up_to(grads), strict=True)
+        filled = [jnp.zeros_like(p) if i in absent else g for i, (p, g) in enumerate(given)]
+        updates, new_state = wrapped.update(plan.params.unflatten(filled), state, params, **extra)
+        state = _like(state, new_state)  # or a step that is not taken would have other dtypes
+        pairs = zip(old, plan.params.flatten_up_to(updates), strict=True)
+        new = [p if i in absent else (p + u).astype(p.dtype) for i, (p, u) in enumerate(pairs)]
+        # Whatever the wrappers made of the updates.
+        return plan.masking.prune(plan.params.unflatten(new), state), state
+
+    return optax.GradientTransformationExtraArgs(wrapped.init, update)  # pyright: ignore
+
+
+def _without_factor(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """The guard around wrappers does not know by what their output was clipped."""
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        new_params, state = tx.update(grads, state, params, **extra)
+        return new_params, state._replace(clip_factor=jnp.full((), jnp.nan, jnp.float32))
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)  # pyright: ignore
 
 
 def _without_gradients(tx: Any, absent: set[str]) -> optax.GradientTransformationExtraArgs:
@@ -149,47 +185,33 @@ def _step(plan: Plan, state: list, params: list, inputs: Inputs) -> tuple[list[A
     parameters in the buffer of a moment would cost a copy.
     """
     check_grads(inputs.grads, params, lambda: plan.names)
-    step = _step_within_wrappers if plan.around else _plain_step
-    new_params, new_state = step(plan, plan.state.unflatten(state), params, inputs)
-    leaves, structure = jax.tree.flatten(new_state)
-    if structure != plan.state:
-        raise ValueError(
-            f"a step must keep the structure of the state {plan.state}, got {structure}"
-        )
-    return [jnp.asarray(new, old.dtype) for new, old in zip(leaves, state, strict=True)], new_params
-
-
-def _plain_step(plan: Plan, state: Any, params: list, inputs: Inputs) -> tuple[list[Array], Any]:
     grads = [None if g is None else as_array(g) for g in inputs.grads]
-    tx = transformation(plan, inputs.numbers, inputs.bounds, applied=True)
-    extra = {"loss": inputs.loss, "loss_scale": inputs.loss_scale} if plan.guard.is_on else {}
-    new, state = tx.update(
-        plan.params.unflatten(grads), state, plan.params.unflatten(params), **extra
-    )
-    return plan.params.flatten_up_to(new), state
-
-
-def _step_within_wrappers(
-    plan: Plan, state: Any, params: list, inputs: Inputs
-) -> tuple[list[Array], Any]:
-    """What is around the groups sees zeros for absent gradients, and none that is scaled."""
-    absent = set(plan.absent)
-    grads = [
-        jnp.zeros_like(p) if i in absent else unscale(as_array(g), inputs.loss_scale)
-        for i, (g, p) in enumerate(zip(inputs.grads, params, strict=True))
-    ]
     tx = transformation(plan, inputs.numbers, inputs.bounds)
-    extra = {} if inputs.loss is None else {"loss": inputs.loss}
-    updates, state = tx.update(
-        plan.params.unflatten(grads), state, plan.params.unflatten(params), **extra
+    extra = {"loss": inputs.loss, "loss_scale": inputs.loss_scale} if plan.guard.is_on else {}
+    new_params, new_state = tx.update(
+        plan.params.unflatten(grads),
+        plan.state.unflatten(state),
+        plan.params.unflatten(params),
+        **extra,
     )
-    new = [
-        p if i in absent else (p + u).astype(p.dtype)
-        for i, (p, u) in enumerate(zip(params, plan.params.flatten_up_to(updates), strict=True))
-    ]
-    # Whatever the wrappers made of the updates.
-    pruned = plan.masking.prune(plan.params.unflatten(new), state)
-    return plan.params.flatten_up_to(pruned), state
+    kept = _like(plan.state.unflatten(state), new_state)
+    return jax.tree.leaves(kept), plan.params.flatten_up_to(new_params)
+
+
+def _like(old: Any, new: Any) -> Any:
+    """A new state in the dtypes of the old one.
+
+    Raises:
+      ValueError: if its structure is another.
+    """
+    leaves, structure = jax.tree.flatten(old)
+    if jax.tree.structure(new) != structure:
+        raise ValueError(
+            "a step must keep the structure of the state "
+            f"{structure}, got {jax.tree.structure(new)}"
+        )
+    pairs = zip(jax.tree.leaves(new), leaves, strict=True)
+    return structure.unflatten([jnp.asarray(x, like.dtype) for x, like in pairs])
 
 
 class Program:

@@ -19,7 +19,7 @@ from cerebras_jax.engine.placement import beside
 from cerebras_jax.formats.state_dict import plain_value, with_functions
 from cerebras_jax.optim.numbers import LEARNING_RATES, as_argument
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.stateful import OUTSIDE, Fill, Memento, Parts, Stateful, freeze
+from cerebras_jax.stateful import OUTSIDE, Fill, Memento, Parts, Stateful, freeze, locked
 
 P = ParamSpec("P")
 
@@ -128,7 +128,7 @@ class Scheduler(Stateful, ABC):
         """
         if self.optimizer.is_traced() and not is_traced(self.last_epoch):
             raise RuntimeError(OUTSIDE.format(name="a scheduler"))
-        with self.lock, self.optimizer.lock:
+        with locked([self, self.optimizer]):
             self._check_unclaimed()
             self._claim()
             self.optimizer.note_schedule()
@@ -239,7 +239,7 @@ class Scheduler(Stateful, ABC):
           TypeError, ValueError: if the dict lacks a key, or has one that this scheduler has not,
             or a value of another kind; if its tags match no group.
         """
-        with self.lock, self.optimizer.lock:
+        with locked([*self._family(), self.optimizer]):
             before = [Memento(scheduler) for scheduler in self._family()]
             try:
                 self._load(state_dict)

@@ -1,6 +1,5 @@
 """The class form of a pure optimizer: parameters, groups and state; it computes nothing."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, cast, overload
@@ -25,11 +24,12 @@ from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.pair_state import SCALED
 from cerebras_jax.optim.program import Inputs, Plan, Program, Wrapper, program_of, transformation
 from cerebras_jax.optim.signatures import doc_of, signature_of
-from cerebras_jax.optim.sources import is_closure
+from cerebras_jax.optim.sources import ModuleSource, hold_back, is_closure
 from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.signals import deferred_signals
-from cerebras_jax.stateful import OUTSIDE
+from cerebras_jax.stateful import OUTSIDE, locked
 from cerebras_jax.transforms.accumulate import Accumulation
+from cerebras_jax.transforms.finite import check_loss
 from cerebras_jax.transforms.loss_scale import GradScaler
 
 P = ParamSpec("P")
@@ -47,9 +47,9 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
       rounding: how new bfloat16 parameters are rounded: "nearest", "stochastic", or "exact", which
         trains them as float32 ones; see `rule.per_parameter`.
       around: functions from optax pair to optax pair, outermost first, that wrap the update of all
-        groups, such as ``lambda tx: optax.MultiSteps(tx, 4)``. They see the parameters as they
-        were given, and zeros where a gradient is None; such a parameter stays as it is in that
-        step, whatever they have collected for it.
+        groups, such as ``lambda tx: optax.MultiSteps(tx, 4)``. They see no step that is not
+        taken, the parameters as they were given, and zeros where a gradient is None; such a
+        parameter stays as it is in that step, whatever they have collected for it.
       donate: whether a step gives the old buffers away: "auto", those that nobody else holds;
         True, all of them; False, none.
       zero_axis: a mesh axis over which the parameters are replicated, such as ``"data"``: every
@@ -95,6 +95,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self.maker.check(arguments)
         if callable(around) or not all(callable(wrap) for wrap in around):
             raise TypeError(f"around must be a list of functions from pair to pair, got {around!r}")
+        self.maker.check_how(How(state_dtype, rounding))
         self.around = tuple(around)
         self.state_dtype = state_dtype
         self.rounding: Rounding = rounding
@@ -160,6 +161,10 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             gradients that are given must be those of the scaled loss. A step whose gradients are
             not finite is not taken.
 
+        A step that is not taken also brings back what the closure has written into a module
+        besides the parameters: statistics, counts of random streams. With given gradients that
+        was written before, and is the caller's.
+
         Returns:
           What the closure returned, or None.
 
@@ -169,8 +174,9 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         """
         if scaler is not None and not isinstance(scaler, GradScaler):
             raise TypeError(f"scaler must be a GradScaler or None, got {scaler!r}")
-        with self.lock, contextlib.nullcontext() if scaler is None else scaler.lock:
+        with locked([self, scaler]):
             scale = None if scaler is None else scaler.state.loss_scale
+            before = self._before_closure(grads_or_closure, scaler)
             value, grads = self._gradients(grads_or_closure, has_aux, scale)
             if is_closure(grads_or_closure):
                 if loss is not None:
@@ -179,9 +185,19 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
                     has_aux = grads_or_closure.has_aux
                 loss = value[0] if has_aux else value
             self._apply_gradients(grads, loss, scaler)
+            if before:
+                hold_back(before, self._seen()["took_step"])
         return value
 
+    def _before_closure(self, given: Any, scaler: GradScaler | None) -> list[Any]:
+        """What a closure may write into a module and a step not taken must bring back."""
+        judges = scaler is not None or self._guard().judges
+        sources = self._sources if judges and is_closure(given) else []
+        return [pair for s in sources if isinstance(s, ModuleSource) for pair in s.others()]
+
     def _apply_gradients(self, grads: list[Any], loss: Any, scaler: GradScaler | None) -> None:
+        if loss is not None:
+            check_loss(loss)
         self._note_step()
         self._regroup()
         guard, bounds = self._fitted, self._bounds()
@@ -218,7 +234,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             self._state = state
             self._set_values(params)
             if scaler is not None:
-                norm = self._state[self._catalogue().guard["norm"].leaf]
+                norm = self._seen()["norm"]
                 scaler.update(finite=norm < jnp.inf)
         if absent:
             missed = {self._names[i] for i in absent}

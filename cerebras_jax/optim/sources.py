@@ -29,6 +29,11 @@ class TreeSource:
         self.treedef, self.names = treedef, tuple(names)
 
     @property
+    def marks(self) -> tuple[bool, ...]:
+        """For each leaf of the tree, whether it is trained."""
+        return (True,) * len(self.names)
+
+    @property
     def key(self) -> Any:
         return self.treedef
 
@@ -57,6 +62,10 @@ class PartSource(TreeSource):
         self.is_mine = tuple(path in chosen for path in paths)
         marks = whole.unflatten([0 if mine else None for mine in self.is_mine])
         super().__init__(jax.tree.structure(marks), names)
+
+    @property
+    def marks(self) -> tuple[bool, ...]:
+        return self.is_mine
 
     @property
     def key(self) -> Any:
@@ -113,6 +122,12 @@ class ModuleSource:
         for variable, value in zip(self.variables, values, strict=True):
             variable.set_value(value)
 
+    def others(self) -> list[tuple[nnx.Variable, Any]]:
+        """All other variables of the module, with their values: statistics, random streams."""
+        mine = set(map(id, self.variables))
+        found = (v for _, v in nnx.iter_graph(self.module) if isinstance(v, nnx.Variable))
+        return [(v, v.get_value()) for v in found if id(v) not in mine]
+
     def tree(self, values: Sequence[Array]) -> nnx.Module:
         """The module."""
         return self.module
@@ -144,10 +159,27 @@ class ModuleSource:
         values = [flat[path] for path in self.paths]
         return [v.get_value() if isinstance(v, nnx.Variable) else v for v in values]
 
-    def only(self, grads: Any) -> nnx.State:
-        """Of the gradients of a whole module those of these variables."""
-        flat = dict(nnx.to_flat_state(grads))
-        return nnx.from_flat_state({path: flat[path] for path in self.paths})
+
+def hold_back(before: Sequence[tuple[nnx.Variable, Any]], took_step: Any) -> None:
+    """Brings variables back to their values before a step, where that is not taken.
+
+    Those that were no arrays, or have another shape now, stay as they are.
+    """
+    changed = [(v, new, old) for v, old in before if (new := v.get_value()) is not old]
+    changed = [(v, new, old) for v, new, old in changed if _kind(new) and _kind(new) == _kind(old)]
+    if changed:
+        variables, *values = zip(*changed, strict=True)
+        for variable, value in zip(variables, _chosen(took_step, *values), strict=True):
+            variable.set_value(value)
+
+
+def _kind(x: Any) -> Any:
+    return (x.shape, x.dtype) if isinstance(x, jax.Array) else None
+
+
+@jax.jit
+def _chosen(took_step: Any, new: Sequence[Array], old: Sequence[Array]) -> list[Array]:
+    return [jnp.where(took_step, a, b) for a, b in zip(new, old, strict=True)]
 
 
 Source = TreeSource | ModuleSource
@@ -207,28 +239,33 @@ def is_closure(x: Any) -> bool:
 
 def value_and_grad(
     closure: Callable[[Any], Any],
-    source: Source | None,
-    leaves: Any,
+    sources: Sequence[Source],
+    leaves: Sequence[Sequence[Any]],
     has_aux: bool,
     loss_scale: Any = None,
-) -> tuple[Any, Any]:
+    is_list: bool = False,
+) -> tuple[Any, list[Any]]:
     """The closure's value and its gradients, of the loss times ``loss_scale`` if that is given.
 
     Args:
       closure: a function of the parameters, or what `accumulate` returned.
-      source: where the parameters live; None: they are a tree of their own, ``leaves``.
-      leaves: the values in the order of the source's tree.
+      sources: where the parameters live: one of any kind, or several trees.
+      leaves: for each source the values in the order of its tree; those of modules are not read.
       has_aux: the closure returns ``(loss, aux)``.
       loss_scale: see `GradScaler`.
+      is_list: whether the closure takes a list of trees, also if there is but one.
+
+    Returns:
+      The value, and the gradients of all that is trained in the order of the sources' names.
 
     Raises:
-      TypeError: if the closure does not take the parameters.
+      TypeError: if the closure does not take the parameters, or there is a module among several.
     """
-    params = leaves if source is None else source.tree(leaves)
-    if isinstance(closure, Accumulation):
-        value, grads = closure.value_and_grad(params, loss_scale)
-        return value, source.only(grads) if isinstance(source, ModuleSource) else grads
-    _check_closure(closure)
+    if not isinstance(closure, Accumulation):
+        _check_closure(closure)
+    modules = [s for s in sources if isinstance(s, ModuleSource)]
+    if modules and (is_list or len(sources) > 1):
+        raise TypeError("a closure over several parameter trees takes no modules")
 
     def scaled(params: Any) -> Any:
         value = closure(params)
@@ -236,19 +273,29 @@ def value_and_grad(
         return scale_loss(loss, loss_scale), value
 
     objective, with_aux = (closure, has_aux) if loss_scale is None else (scaled, True)
-    if isinstance(source, ModuleSource):
-        value, grads = _of_module(objective, source, with_aux)
-    elif isinstance(source, PartSource):
-        n = len(source.names)
+    if modules:
+        if isinstance(closure, Accumulation):
+            value, grads = closure.value_and_grad(modules[0].module, loss_scale, modules[0].wrt)
+            return value, modules[0].align(grads)
+        value, grads = _of_module(objective, modules[0], with_aux)
+        return (value if loss_scale is None else value[1]), modules[0].align(grads)
 
-        def of_mine(mine: Sequence[Any]) -> Any:
-            return objective(source.tree([*mine, *leaves[n:]]))
+    counts = [len(source.names) for source in sources]
 
-        value, found = jax.value_and_grad(of_mine, has_aux=with_aux)(list(leaves[:n]))
-        grads = source.tree([*found, *[None] * (len(leaves) - n)])
-    else:
-        value, grads = jax.value_and_grad(objective, has_aux=with_aux)(params)
-    return (value if loss_scale is None else value[1]), grads
+    def whole(mine: Sequence[Sequence[Any]]) -> Any:
+        parts = zip(sources, mine, leaves, counts, strict=True)
+        trees = [s.tree([*own, *values[n:]]) for s, own, values, n in parts]
+        return trees if is_list else trees[0]
+
+    trained = [list(values[:n]) for values, n in zip(leaves, counts, strict=True)]
+    if isinstance(closure, Accumulation):
+        marks = tuple(mark for source in sources for mark in source.marks)  # pyright: ignore
+        value, grads = closure.value_and_grad(whole(trained), loss_scale, marks)
+        return value, jax.tree.leaves(grads)
+    value, grads = jax.value_and_grad(lambda mine: objective(whole(mine)), has_aux=with_aux)(
+        trained
+    )
+    return (value if loss_scale is None else value[1]), [g for own in grads for g in own]
 
 
 def _of_module(objective: Callable[[Any], Any], source: ModuleSource, has_aux: bool) -> Any:

@@ -13,7 +13,7 @@ from cerebras_jax.optim.makers import RuleMaker
 from cerebras_jax.optim.masking import Masking
 from cerebras_jax.optim.pair_state import PairOptimizer
 from cerebras_jax.sparse.entries import layout
-from cerebras_jax.sparse.masking import select
+from cerebras_jax.sparse.masking import holds_masks, select
 from cerebras_jax.sparse.selection import Groups, Sparsity
 from cerebras_jax.types import Array
 
@@ -28,7 +28,8 @@ class SparseOptimizer(PairOptimizer):
 
         The masks are the states ``mask``: ``opt.state["dense.kernel"]["mask"]``. They are applied
         as `sparse.sparsify` does. Bounds, skipping and `report` see the gradients that the masks
-        leave; a step that is not taken changes no mask. Wrappers (``around=``) see all gradients.
+        leave; a step that is not taken changes no mask. Wrappers (``around=``) see all gradients,
+        and all are judged then.
 
         Args:
           sparsity: which parameters, by their names, and how: a `sparse.Sparsity`, or an
@@ -51,6 +52,8 @@ class SparseOptimizer(PairOptimizer):
         with self.lock:
             if self._sparsity is not None:
                 raise ValueError(f"the optimizer is sparse already: {self._sparsity}")
+            if holds_masks(self._structure.unflatten(self._state)):
+                raise ValueError("the optimizer is sparse already: by a wrapper in around=")
             if self.is_traced():
                 raise RuntimeError("apply allocates masks: call it outside of traced functions")
             self._regroup()
@@ -80,6 +83,10 @@ class SparseOptimizer(PairOptimizer):
         named = tuple(self.state_names_to_sparsify()) if is_rule else ()
         names = tuple((path, name) for name, path in self._paths().items())
         return Masking(sparsity, names, named or None)
+
+    @property
+    def _is_sparse(self) -> bool:
+        return self._sparsity is not None
 
     def _masks(self) -> dict[str, Array]:
         """The masks of the sparse parameters."""

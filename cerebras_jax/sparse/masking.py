@@ -41,6 +41,12 @@ def find_state(state: Any) -> SparseState:
     return found[0]
 
 
+def holds_masks(state: Any) -> bool:
+    """Whether there is a `SparseState` in the state of an optax transformation."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SparseState))
+    return any(isinstance(x, SparseState) for x in nodes)
+
+
 def masks(state: Any) -> Params:
     """The masks in a state: bool arrays like the parameters, None for dense ones."""
     return find_state(state).masks

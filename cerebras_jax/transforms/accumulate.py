@@ -176,9 +176,19 @@ class Accumulation:
         """The loss over the whole batch, and aux if there is any; no noise."""
         return _evaluate(self._plan, params, self._batch, None, with_grads=False)[0]
 
-    def value_and_grad(self, params: Any, loss_scale: Scalar | None = None) -> tuple[Any, Any]:
-        """The value and its gradients, of the loss times ``loss_scale`` if that is given."""
-        return _evaluate(self._plan, params, self._batch, loss_scale, with_grads=True)
+    def value_and_grad(
+        self, params: Any, loss_scale: Scalar | None = None, wrt: Any = None
+    ) -> tuple[Any, Any]:
+        """The value and its gradients, of the loss times ``loss_scale`` if that is given.
+
+        Args:
+          params: a tree, or an nnx.Module.
+          loss_scale: see `accumulated_value_and_grad`.
+          wrt: with respect to what: for each leaf of a tree a bool, for a module an nnx filter;
+            by default everything, and nnx.Param. Other leaves may be of any dtype, and have None
+            for a gradient.
+        """
+        return _evaluate(self._plan, params, self._batch, loss_scale, wrt, with_grads=True)
 
 
 # --- the parts ---------------------------------------------------------------------------------
@@ -268,31 +278,75 @@ class _Part(NamedTuple):
     rest: Any  # what a module has besides its parameters
 
 
-def _evaluate(plan: _Plan, params: Any, batch: Any, scale: Any, *, with_grads: bool) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    """What is static of a tree of parameters: its structure, and which leaves are trained."""
+
+    treedef: Any
+    marks: tuple[bool, ...]
+
+    def split(self, tree: Any) -> tuple[Any, Any, Any]:
+        """(what is trained, what is frozen, what is changed otherwise)"""
+        pairs = list(zip(self.treedef.flatten_up_to(tree), self.marks, strict=True))
+        return [x for x, mine in pairs if mine], [x for x, mine in pairs if not mine], None
+
+    def join(self, params: Any, frozen: Any, rest: Any) -> Any:
+        mine, others = iter(params), iter(frozen)
+        return self.treedef.unflatten([next(mine if is_mine else others) for is_mine in self.marks])
+
+    def gradients(self, grads: Any) -> Any:
+        """The gradients in the structure of the tree."""
+        return self.join(grads, [None] * len(self.marks), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """What is static of a module."""
+
+    graphdef: Any
+    wrt: Any
+
+    def split(self, module: nnx.Module) -> tuple[Any, Any, Any]:
+        graphdef, *parts = nnx.split(module, self.wrt, nnx.Param, ...)
+        if graphdef != self.graphdef:
+            raise ValueError("loss_fn may not change the structure of the module")
+        params, frozen, rest = parts
+        return params, frozen, rest
+
+    def join(self, params: Any, frozen: Any, rest: Any) -> nnx.Module:
+        return nnx.merge(self.graphdef, params, frozen, rest, copy=True)
+
+    def gradients(self, grads: Any) -> Any:
+        return grads
+
+
+def _evaluate(
+    plan: _Plan, params: Any, batch: Any, scale: Any, wrt: Any = None, *, with_grads: bool
+) -> Any:
     """(value, gradients)"""
-    graphdef, rest = None, None
-    module = params
-    if isinstance(module, nnx.Module):
-        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    if isinstance(params, nnx.Module):
+        what = _Module(nnx.graphdef(params), nnx.Param if wrt is None else wrt)
+    else:
+        treedef = jax.tree.structure(params)
+        what = _Tree(treedef, (True,) * treedef.num_leaves if wrt is None else tuple(wrt))
     run = _run_once if plan.steps == 1 else _run
-    value, grads, rest = run(plan, graphdef, with_grads, params, rest, batch, scale)
-    if graphdef is not None:
-        nnx.update(module, rest)
-    return (value if len(value) > 1 else value[0]), grads
+    value, grads, rest = run(plan, what, with_grads, *what.split(params), batch, scale)
+    if isinstance(params, nnx.Module):
+        nnx.update(params, rest)
+    value = value if len(value) > 1 else value[0]
+    return value, what.gradients(grads) if with_grads else grads
 
 
-def _part_of_batch(plan: _Plan, graphdef: Any, with_grads: bool, params: Any, scale: Any) -> Any:
+def _part_of_batch(
+    plan: _Plan, what: _Tree | _Module, with_grads: bool, params: Any, frozen: Any, scale: Any
+) -> Any:
     """The function ``(rest, batch) -> (_Part, aux)`` of one part."""
 
     def objective(params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
-        if graphdef is None:
-            loss, weight, aux = plan.terms(plan.loss_fn(params, batch))
-        else:
-            module = nnx.merge(graphdef, params, rest, copy=True)
-            loss, weight, aux = plan.terms(plan.loss_fn(module, batch))
-            after, _, rest = nnx.split(module, nnx.Param, ...)
-            if after != graphdef:
-                raise ValueError("loss_fn may not change the structure of the module")
+        whole = what.join(params, frozen, rest)
+        loss, weight, aux = plan.terms(plan.loss_fn(whole, batch))
+        if isinstance(what, _Module):
+            _, _, rest = what.split(whole)
         scaled = loss if scale is None else loss.astype(_wide(loss)) * scale
         return scaled, (_Part(loss, jax.lax.stop_gradient(weight), (), None, rest), aux)
 
@@ -309,15 +363,16 @@ def _part_of_batch(plan: _Plan, graphdef: Any, with_grads: bool, params: Any, sc
 
 def _run_once(
     plan: _Plan,
-    graphdef: Any,
+    what: _Tree | _Module,
     with_grads: bool,
     params: Any,
+    frozen: Any,
     rest: Any,
     batch: Any,
     scale: Any,
 ) -> Any:
     """(value, gradients, rest) of a batch that is one part."""
-    part, aux = _part_of_batch(plan, graphdef, with_grads, params, scale)(rest, batch)
+    part, aux = _part_of_batch(plan, what, with_grads, params, frozen, scale)(rest, batch)
     loss, grads = part.loss, part.grads
     if plan.reduce == "weighted":
         loss, grads = jax.tree.map(lambda x: jnp.where(part.weight != 0, x, 0), (loss, grads))
@@ -328,15 +383,16 @@ def _run_once(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
     plan: _Plan,
-    graphdef: Any,
+    what: _Tree | _Module,
     with_grads: bool,
     params: Any,
+    frozen: Any,
     rest: Any,
     batch: Any,
     scale: Any,
 ) -> Any:
     """(value, gradients, rest) of a batch in several parts."""
-    run_part = jax.jit(_part_of_batch(plan, graphdef, with_grads, params, scale))
+    run_part = jax.jit(_part_of_batch(plan, what, with_grads, params, frozen, scale))
     shapes, _ = jax.eval_shape(lambda: run_part(rest, plan.part(batch, 0)))
     dtype = plan.dtype
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x)), shapes._replace(rest=None))

@@ -20,7 +20,7 @@ from cerebras_jax.checks import check, is_number, is_traced
 from cerebras_jax.donation import Donor
 from cerebras_jax.engine.hyper import as_number, saturating_increment
 from cerebras_jax.engine.trees import align, leaf_paths
-from cerebras_jax.stateful import OUTSIDE, Stateful
+from cerebras_jax.stateful import OUTSIDE, Stateful, locked
 from cerebras_jax.types import Array, Number, Params
 
 
@@ -180,6 +180,10 @@ class Average(Stateful):
             among its arguments.
           TypeError: if there are parameters to read and others are given, or none of both.
         """
+        with locked([self, self.target]):
+            self._update(params)
+
+    def _update(self, params: Params) -> None:
         if self._is_swapped:
             raise RuntimeError("update was called in swapped(), where the parameters are averages")
         if (params is None) == (self.target is None):
@@ -223,12 +227,13 @@ class Average(Stateful):
             raise TypeError("swapped() needs an average of an optimizer or a module")
         if self._is_swapped:
             raise RuntimeError("swapped() was called in swapped()")
-        training, averages = self._read(), self._in_dtypes()
+        training = self._training()
         self._is_swapped = True
         try:
-            self._write(averages)
+            self._write(self._in_dtypes())
+            written = jax.tree.leaves(self._read())
             yield self.target if isinstance(self.target, nnx.Module) else self.target.params
-            pairs = zip(*map(jax.tree.leaves, (self._read(), averages)), strict=True)
+            pairs = zip(jax.tree.leaves(self._read()), written, strict=True)
             unchanged = all(now is then for now, then in pairs)
         finally:
             self._write(training)
@@ -286,6 +291,11 @@ class Average(Stateful):
         """The parameters now, with an nnx.State in the place of a module."""
         is_module = isinstance(self.target, nnx.Module)
         return parameter_tree(self.target if is_module else self.target.params, self.filter)
+
+    def _training(self) -> Params:
+        """The parameters now, with all bits that the optimizer keeps of them."""
+        is_module = self._module() is not None or not hasattr(self.target, "full_precision")
+        return self._read() if is_module else self.target.full_precision()
 
     def _write(self, params: Params) -> None:
         module = self._module()

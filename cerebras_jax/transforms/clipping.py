@@ -92,6 +92,18 @@ def clipped(grads: Any, max_norm: Scalar | None, max_value: Scalar | None) -> An
     return clip_gradients(grads, factor, max_value)
 
 
+def bounded(
+    tx: optax.GradientTransformation, max_norm: Scalar | None, max_value: Scalar | None
+) -> optax.GradientTransformationExtraArgs:
+    """Gives clipped gradients to a pair, whose state stays its own; see `clip`."""
+    inner = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return inner.update(clipped(updates, max_norm, max_value), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
 def check_bounds(max_norm: Any, max_value: Any) -> None:
     """Refuses bounds that are not positive numbers; None is no bound."""
     for name, bound in (("max_gradient_norm", max_norm), ("max_gradient_value", max_value)):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cerebras_jax.checks import check_flag
+from cerebras_jax.checks import check_flag, shown
 from cerebras_jax.transforms.branch import branch
 from cerebras_jax.transforms.clipping import (
     check_bounds,
@@ -126,7 +126,7 @@ def guard(
         **extra: Any,
     ) -> tuple[Any, GuardState]:
         if loss is not None:
-            _check_loss(loss)
+            check_loss(loss)
             extra["loss"] = loss
         norm = global_norm(unscale(updates, loss_scale))
         factor = clip_factor(norm, max_norm)
@@ -212,11 +212,11 @@ def skip_spikes(
     return guard(tx, skip_spikes=SkipSpikes(window, sigma, min_history))
 
 
-def check_skips(state: GuardState, max_in_a_row: int = 10) -> None:
+def check_skips(state: Any, max_in_a_row: int = 10) -> None:
     """Raises if too many steps in a row were not taken; waits for the last one.
 
     Args:
-      state: the state of `guard`, `skip_nonfinite` or `skip_spikes`.
+      state: the state of `guard`, `skip_nonfinite` or `skip_spikes`, or the report of a class.
       max_in_a_row: how many are accepted.
 
     Raises:
@@ -238,6 +238,23 @@ def check_skips(state: GuardState, max_in_a_row: int = 10) -> None:
         )
 
 
-def _check_loss(loss: Any) -> None:
+def check_loss(loss: Any) -> None:
+    """Refuses a loss that cannot be judged: anything but a real floating point scalar.
+
+    Raises:
+      TypeError, ValueError: names what it is instead.
+
+    >>> check_loss(jnp.array([1.0, 2.0]))
+    Traceback (most recent call last):
+      ...
+    ValueError: loss must be a scalar, got shape (2,)
+    """
+    dtype = getattr(loss, "dtype", None)
+    if dtype is None and isinstance(loss, int | float | complex):
+        dtype = np.result_type(loss)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"loss must be a floating point scalar, got {shown(loss) if dtype is None else dtype}"
+        )
     if np.shape(loss) != ():
         raise ValueError(f"loss must be a scalar, got shape {np.shape(loss)}")

@@ -245,7 +245,8 @@ class GradScaler(Stateful):
 
     def update(self, finite: Any) -> None:
         """Moves the scale after a step whose gradients were, or were not, ``finite``."""
-        self.state = _moved(self.scaling, self.state, finite)
+        with self.lock:
+            self.state = _moved(self.scaling, self.state, finite)
 
     def get_scale(self) -> float:
         """The scale in force; waits for the step that computes it."""
@@ -279,7 +280,8 @@ class GradScaler(Stateful):
                 raise ValueError(f"{name} must be > 0, got {value!r}")
             dtype = jnp.float32 if is_scale else jnp.int32
             state = state._replace(**{name: jnp.asarray(number, dtype)})
-        self.state = state
+        with self.lock:
+            self.state = state
 
     def __repr__(self) -> str:
         return f"GradScaler({self.scaling}, max_gradient_norm={self.max_gradient_norm})"
