@@ -84,7 +84,7 @@ FIRST = {e.name: e for e in OPTIMIZERS if e.name not in ("soap",)}  # its bases 
 @pytest.mark.parametrize(("how", "form"), [("zero", "class"), ("grid", "trace")])
 def test_every_optimizer_on_eight_devices_is_that_on_one(name, how, form):
     entry = FIRST[name]
-    expected = run(entry.cls(VALUES, **entry.kwargs), "class")
+    expected = run(entry.cls(VALUES, **entry.kwargs), form)
     params, axis = placed(how)
     opt = entry.cls(params, zero_axis=axis, **entry.kwargs)
     before = where(opt)
@@ -225,9 +225,9 @@ def test_pure_states_are_made_and_kept_where_they_belong(tx):
         one_state, one = step(one_state, one)
     assert sharding.shardings_of((state, params)) == pins
     assert jitted._cache_size() == 1
-    moments = [x for x in jax.tree.leaves(state) if x.ndim == 2 and x.size > 8]
+    moments = [x for x in jax.tree.leaves(state) if x.size > 8]
     assert moments
-    assert all(x.sharding.spec[0] == "data" for x in moments)
+    assert all("data" in x.sharding.spec for x in moments)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
 
@@ -279,7 +279,7 @@ def test_the_plan_of_a_large_model_allocates_nothing():
     assert plan.states["exp_avg"] == plan.states["exp_avg_sq"] == each
     assert plan.total == 4 * each + plan.states["count"] + 8
     assert "exp_avg_sq" in str(plan)
-    assert "GiB" in str(plan)
+    assert "MiB" in str(plan)
 
 
 @pytest.mark.parametrize("name", sorted(FIRST))
