@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from cerebras_jax import optim, schedules, sparse
+from cerebras_jax import optim, schedules, sharding, sparse
 from cerebras_jax.checkpoint import (
     CheckpointError,
     Checkpoints,

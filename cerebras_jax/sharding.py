@@ -17,8 +17,10 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cerebras_jax.engine.trees import as_array
+from cerebras_jax.processes import check_equal, numbers_of
+from cerebras_jax.stateful import Stateful
 
-__all__ = ["Plan", "init", "plan", "state"]
+__all__ = ["Plan", "check_processes", "init", "plan", "shardings_of", "state"]
 
 
 def state(
@@ -94,6 +96,23 @@ def init(tx: optax.GradientTransformation, params: Any, *, zero_axis: str | None
 def shardings_of(tree: Any) -> Any:
     """The shardings of a tree's arrays, for ``out_shardings``: XLA moves what is not said."""
     return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def check_processes(*objects: Stateful) -> None:
+    """Compares the numbers of optimizers and schedulers among all processes, which must call this.
+
+    A learning rate that was edited on one process only trains replicas apart, silently. Making an
+    optimizer, loading a state dict and saving a checkpoint compare them too; a step does not, as
+    it would wait for the slowest process.
+
+    Raises:
+      ValueError: on every process, and says which ones differ from the first.
+
+    >>> from cerebras_jax import optim
+    >>> check_processes(optim.SGD({"w": jax.numpy.ones(2)}, lr=0.1))  # with one process, all agree
+    """
+    for obj in objects:
+        check_equal(numbers_of(obj.parts().numbers), type(obj).__name__)
 
 
 # --- what it takes --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ FLOORS = [
     {"schedules.base"},
     {"schedules.family"},
     {"schedules.compositions"},
-    {"axes", "donation", "stateful", "schedules"},
+    {"axes", "donation", "processes", "stateful", "schedules"},
     {"engine", "engine.rule"},
     {"engine.hyper", "engine.rounding", "engine.trees", "engine.xla_cpu", "engine.placement"},
     {"sharding"},

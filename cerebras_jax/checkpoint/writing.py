@@ -1,7 +1,6 @@
 """From objects to the arrays and the text of a checkpoint."""
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -9,11 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from cerebras_jax.checkpoint.fingerprint import fingerprints
 from cerebras_jax.checkpoint.nodes import Nodes
 from cerebras_jax.checks import any_traced
+from cerebras_jax.processes import check_equal
 
 FORMAT = 1
 """The layout that is written; a reader knows this and all before it."""
@@ -62,22 +61,12 @@ def packed(step: int | None, objects: Mapping[str, Any], verify: bool) -> tuple[
         "objects": about,
     }
     dumped = json.dumps(text, allow_nan=False)
-    _check_processes(dumped)
+    check_equal(
+        dumped,
+        "what is no array, such as param_groups, schedulers or the place in the data; only what "
+        "all share can be saved",
+    )
     return written, dumped
-
-
-def _check_processes(text: str) -> None:
-    """Refuses to save what one process alone would write, if others hold something else."""
-    if jax.process_count() == 1:
-        return
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    digests = multihost_utils.process_allgather(digest)
-    differing = [i for i, other in enumerate(digests) if (other != digests[0]).any()]
-    if differing:
-        raise ValueError(
-            f"processes {differing} hold other numbers than process 0 in what is no array, such as "
-            "param_groups, schedulers or the place in the data; only what all share can be saved"
-        )
 
 
 def _versions() -> dict[str, str]:

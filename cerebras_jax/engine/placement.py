@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cerebras_jax.checks import is_traced
@@ -31,7 +32,14 @@ def beside(tree: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return tree
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if _is_adrift(x) else x, tree)
+    return jax.tree.map(lambda x: _put(x, everywhere) if _is_adrift(x) else x, tree)
+
+
+def _put(x: Any, sharding: NamedSharding) -> Any:
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)  # without a word between the processes, which `device_put` would have
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _is_adrift(x: Any) -> bool:

@@ -1,0 +1,105 @@
+"""One of several processes that train together; see test_processes.py."""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+ME, COUNT, PORT, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+
+import jax
+
+if COUNT > 1:
+    jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, ME)
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import cerebras_jax as cjax
+from cerebras_jax import optim, sharding
+
+MESH = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+START = {"bias": np.ones(8, np.float32), "kernel": np.linspace(-1, 1, 32, dtype=np.float32)}
+
+
+def put(x, *spec):
+    where = NamedSharding(MESH, PartitionSpec(*spec))
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+def new():
+    params = {name: put(x) for name, x in START.items()}
+    opt = optim.AdamW(params, lr=0.1, weight_decay=0.1, zero_axis="data")
+    opt.max_gradient_norm = 1.0
+    return opt, optim.lr_scheduler.LinearLR(opt, 0.1, 0.0, 10)
+
+
+@cjax.trace
+def step(opt, sched, x):
+    loss = opt.step(lambda p: jnp.sum((p["kernel"] * x - 1) ** 2) + jnp.sum(p["bias"] ** 2))
+    sched.step()
+    return loss
+
+
+def batch(i):
+    return put(np.cos(np.arange(32, dtype=np.float32) * i), "data")
+
+
+def report(opt, sched):
+    print("result", cjax.fingerprint(opt.state_dict()["state"]), cjax.fingerprint(opt.params))
+
+
+def train():
+    opt, sched = new()
+    for i in range(3):
+        step(opt, sched, batch(i))
+    loaded, other = new()
+    loaded.load_state_dict(jax.tree.map(np.asarray, optim_host(opt.state_dict())))
+    other.load_state_dict(sched.state_dict())
+    cjax.save(f"{FOLDER}/saved", opt=opt, sched=sched)
+    for i in range(3, 6):
+        step(opt, sched, batch(i))
+    report(opt, sched)
+    opt.step({"bias": None, "kernel": opt.params["kernel"]})
+    sharding.check_processes(opt, sched)
+
+
+def optim_host(tree):
+    """A state dict in the memory of this process."""
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(
+        lambda x: multihost_utils.process_allgather(x, tiled=True)
+        if isinstance(x, jax.Array) and not x.is_fully_addressable
+        else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, str),
+    )
+
+
+def resume():
+    opt, sched = new()
+    cjax.restore(f"{FOLDER}/saved", opt=opt, sched=sched)
+    for i in range(3, 6):
+        step(opt, sched, batch(i))
+    report(opt, sched)
+
+
+def differ():
+    opt, sched = new()
+    opt.param_groups[0]["lr"] = 0.1 * (1 + ME)
+    for what, attempt in {
+        "check": lambda: sharding.check_processes(opt),
+        "save": lambda: cjax.save(f"{FOLDER}/differs", opt=opt),
+        "construct": lambda: optim.SGD(opt.params, lr=0.1 * (1 + ME)),
+        "load": lambda: opt.load_state_dict(
+            {**new()[0].state_dict(), "param_groups": opt.state_dict()["param_groups"]}
+        ),
+    }.items():
+        try:
+            attempt()
+        except ValueError as error:
+            print("refused", what, error)
+
+
+{"train": train, "resume": resume, "differ": differ}[sys.argv[5]]()

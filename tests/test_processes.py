@@ -1,0 +1,57 @@
+"""Two processes that train together, their checkpoint, and what must not differ between them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("run_processes.py")
+
+
+def run(count, folder, what):
+    """What each of ``count`` processes printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["JAX_PLATFORMS"] = "cpu"
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(i), str(count), port, str(folder), what],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for i in range(count)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [out for out, _ in outputs]
+
+
+def result(output):
+    (line,) = [line for line in output.splitlines() if line.startswith("result")]
+    return line
+
+
+def test_two_processes_train_save_and_are_resumed_by_two_and_by_one(tmp_path):
+    first, second = run(2, tmp_path, "train")
+    assert result(first) == result(second)
+    again = run(2, tmp_path, "resume")
+    assert [result(output) for output in again] == [result(first)] * 2
+    (alone,) = run(1, tmp_path, "resume")
+    assert result(alone) == result(first)
+
+
+def test_numbers_that_differ_between_processes_are_refused(tmp_path):
+    for output in run(2, tmp_path, "differ"):
+        refused = [line for line in output.splitlines() if line.startswith("refused")]
+        assert [line.split()[1] for line in refused] == ["check", "save", "construct", "load"]
+        assert all("processes [1] hold other numbers than process 0" in line for line in refused)
