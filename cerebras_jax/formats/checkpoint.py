@@ -66,7 +66,8 @@ def write(path: str | Path, run: Run, names: Names | None = None) -> None:
     run.check()
     objects: dict[str, Any] = {ORDER: list(run.params)} if run.ordered else {}
     if not run.groups:
-        files.save(path, step=run.step, **{OPTIMIZER: {"params": dict(run.params)}}, **objects)
+        objects[OPTIMIZER] = {"params": dict(run.params)}
+        files.save(path, step=run.step, **objects)
         return
     missing = [name for name in run.trained if name not in run.params]
     if missing:
@@ -82,7 +83,8 @@ def write(path: str | Path, run: Run, names: Names | None = None) -> None:
     rest = {name: np.asarray(x) for name, x in run.params.items() if name not in set(run.trained)}
     if rest:
         objects[REST] = rest
-    files.save(path, step=run.step, **{OPTIMIZER: opt}, **objects)
+    objects[OPTIMIZER] = opt
+    files.save(path, step=run.step, **objects)
 
 
 def _rule(run: Run) -> str:
@@ -203,7 +205,8 @@ def _in_order(found: Path, contents: files.Contents, run: Run) -> Run:
     """The run in the model's order, where the checkpoint has it."""
     about = contents.objects.get(ORDER, {}).get("", {})
     named = [name for values in about.get("values", {}).values() for name in values]
-    order = files.restore(found, **{ORDER: [""] * len(named)})[ORDER] if named else []
+    like: dict[str, Any] = {ORDER: [""] * len(named)}
+    order = files.restore(found, **like)[ORDER] if named else []
     if sorted(order) != sorted(run.params):
         return dataclasses.replace(run, ordered=False)
     return dataclasses.replace(run, params={n: run.params[n] for n in order}, ordered=True)
@@ -236,7 +239,8 @@ def _restored(found: Path, contents: files.Contents, saved: _Saved) -> tuple[Any
     opt = _optimizer(saved.about["rule"], run)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "restored ", UserWarning)  # of programs, which stay
-        files.restore(found, extra="ignore", **{saved.name: opt})
+        objects: dict[str, Any] = {saved.name: opt}
+        files.restore(found, extra="ignore", **objects)
     return opt, programs, [f"{saved.name}/around/{name}" for name in places.get("around", ())]
 
 
@@ -252,4 +256,5 @@ def _arrays(found: Path, contents: files.Contents, name: str) -> dict[str, np.nd
     paths = [p.removeprefix(f"{name}/") for p in contents.arrays if p.startswith(f"{name}/")]
     shapes = {p: contents.arrays[f"{name}/{p}"] for p in paths}
     like = {p: np.broadcast_to(np.zeros((), x.dtype), x.shape) for p, x in shapes.items()}
-    return files.restore(found, **{name: like})[name]
+    objects: dict[str, Any] = {name: like}
+    return files.restore(found, **objects)[name]
