@@ -282,11 +282,12 @@ class _Program:
         is_changed: list[list[bool]] = []
 
         def step(carry: Any, entries: list[Any]) -> tuple[Any, Any]:
+            donated, numbers = carry
             remaining = iter(entries)
             mine = [next(remaining) if m else x for x, m in zip(inputs, moves, strict=True)]
-            results, changed, out = self._body(*carry, mine)
+            results, changed, out = self._body(donated, numbers, mine)
             is_changed[:] = [[x is not None for x in new] for new in changed]
-            return (self.structure.unflatten(results), _merged(changed, carry[1])), out
+            return (self.structure.unflatten(results), _merged(changed, numbers)), out
 
         (results, new), out = jax.lax.scan(step, (donated, numbers), arrays)
         changed = [

@@ -1,5 +1,7 @@
 """One of several processes that train together; see test_processes.py."""
 
+# ruff: noqa: E402 - what the processes share is set before JAX starts
+
 import os
 import sys
 
@@ -69,9 +71,11 @@ def optim_host(tree):
     from jax.experimental import multihost_utils
 
     return jax.tree.map(
-        lambda x: multihost_utils.process_allgather(x, tiled=True)
-        if isinstance(x, jax.Array) and not x.is_fully_addressable
-        else x,
+        lambda x: (
+            multihost_utils.process_allgather(x, tiled=True)
+            if isinstance(x, jax.Array) and not x.is_fully_addressable
+            else x
+        ),
         tree,
         is_leaf=lambda x: isinstance(x, str),
     )
@@ -86,7 +90,7 @@ def resume():
 
 
 def differ():
-    opt, sched = new()
+    opt, _ = new()
     opt.param_groups[0]["lr"] = 0.1 * (1 + ME)
     for what, attempt in {
         "check": lambda: sharding.check_processes(opt),

@@ -69,8 +69,8 @@ def test_from_torch_and_back(tmp_path, make):
     saved = {"model": model.state_dict(), "optimizer": theirs.state_dict(), "global_step": 3}
     torch.save(saved, tmp_path / "a.pt")
     convert.convert(tmp_path / "a.pt", tmp_path / "b.cjax")
-    order = [name for name, _ in model.named_parameters()]
-    convert.convert(tmp_path / "b.cjax", tmp_path / "c.pt", target_names=order)
+    convert.convert(tmp_path / "b.cjax", tmp_path / "c.pt")
+    assert list(checkpoint.read(tmp_path / "b.cjax").params) == list(saved["model"])
     back = torch.load(tmp_path / "c.pt")
     for name, x in saved["model"].items():  # the buffers, and their 64-bit counter, too
         assert torch.equal(x, back["model"][name])
@@ -134,9 +134,12 @@ def test_the_command_takes_the_latest_of_a_runs_folder(tmp_path):
     with cjax.Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         checkpoints.save(2, opt=opt)
         checkpoints.save(10, opt=opt, key=jnp.zeros(2))
-    call = CliRunner().invoke(
-        main, ["convert", str(tmp_path / "run"), str(tmp_path / "weights.mdl")]
-    )
+    (tmp_path / "names").write_text("w\nb\n")
+    paths = [str(tmp_path / name) for name in ("run", "weights.mdl", "names")]
+    call = CliRunner().invoke(main, ["convert", *paths[:2]])
+    assert call.exit_code == 2
+    assert "names= must list them in the model's order" in call.output
+    call = CliRunner().invoke(main, ["convert", *paths[:2], "--target-names", paths[2]])
     assert call.exit_code == 0, call.output
     assert "step 10" in call.output
     assert "Left behind, unknown to the target: key" in call.output

@@ -4,6 +4,7 @@ What an optimizer's states mean is known to its class, so a run goes through an 
 in and out.
 """
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -19,8 +20,9 @@ from cerebras_jax.checkpoint.values import Text, unpack
 from cerebras_jax.formats.matching import CLOCKS, Names
 from cerebras_jax.formats.run import Run
 
-OPTIMIZER, REST = "opt", "rest"
-"""The names of what is written: the optimizer with its parameters, and other arrays."""
+OPTIMIZER, REST, ORDER = "opt", "rest", "order"
+"""The names of what is written: the optimizer with its parameters, other arrays, and the names of
+both in the model's order, where it is known."""
 
 
 def rule_of(name: str) -> str:
@@ -47,11 +49,11 @@ def write(path: str | Path, run: Run, names: Names | None = None) -> None:
     """A checkpoint of a run, for ``restore(path, opt=opt)``; whole or not at all.
 
     Weights alone are restored as ``opt={"params": params}``. Arrays that no group lists, such as
-    buffers, are under ``rest``.
+    buffers, are under ``rest``, and names in the model's order under ``order``.
 
     Args:
       path: a folder that does not exist yet.
-      run: its ``rule`` says which optimizer it belongs to; of torch's Adam and AdamW, the groups do.
+      run: its ``rule`` says which optimizer it belongs to; torch's groups tell Adam from AdamW.
       names: see `Run.in_order`; parameters are found by name, so that they are not needed.
 
     Raises:
@@ -62,8 +64,10 @@ def write(path: str | Path, run: Run, names: Names | None = None) -> None:
         raise FileExistsError(f"{path} is there already")
     run = run if names is None else run.in_order(names)
     run.check()
+    objects: dict[str, Any] = {ORDER: list(run.params)} if run.ordered else {}
     if not run.groups:
-        files.save(path, step=run.step, **{OPTIMIZER: {"params": dict(run.params)}})
+        objects[OPTIMIZER] = {"params": dict(run.params)}
+        files.save(path, step=run.step, **objects)
         return
     missing = [name for name in run.trained if name not in run.params]
     if missing:
@@ -77,7 +81,10 @@ def write(path: str | Path, run: Run, names: Names | None = None) -> None:
     opt.load_state_dict(saved)
     _check_digits(opt, run)
     rest = {name: np.asarray(x) for name, x in run.params.items() if name not in set(run.trained)}
-    files.save(path, step=run.step, **{OPTIMIZER: opt, **({REST: rest} if rest else {})})
+    if rest:
+        objects[REST] = rest
+    objects[OPTIMIZER] = opt
+    files.save(path, step=run.step, **objects)
 
 
 def _rule(run: Run) -> str:
@@ -97,7 +104,8 @@ def _rule(run: Run) -> str:
 def _optimizer(rule: str, run: Run) -> Any:
     """An optimizer of a run's parameters, groups and dtypes."""
     cls = _classes()[rule]
-    params = {name: jnp.asarray(run.params[name]) for name in run.trained}
+    trained = [name for name in run.params if name in set(run.trained)]
+    params = {name: jnp.asarray(run.params[name]) for name in trained}
     lossy = [n for n, x in params.items() if x.dtype != np.asarray(run.params[n]).dtype]
     if lossy:
         raise ValueError(
@@ -107,7 +115,7 @@ def _optimizer(rule: str, run: Run) -> Any:
     required = {"lr": 0.0} if known["lr"].default is inspect.Parameter.empty else {}
     rounding: Any = "exact" if any("low_bits" in e for e in run.states.values()) else "nearest"
     return cls(
-        optim.param_groups(params, run.groups),
+        optim.param_groups(params, run.groups, order=run.trained),
         **required,
         state_dtype=_state_dtypes(run) or None,
         rounding=rounding,
@@ -159,13 +167,13 @@ def read(path: str | Path, names: Names | None = None) -> Run:
     """
     found = files.latest(Path(path))
     contents = files.inspect(found)
-    others = {k: v for k, v in contents.objects.items() if k != REST}
+    others = {k: v for k, v in contents.objects.items() if k not in (REST, ORDER)}
     optimizers = [_Saved(k, v[""]) for k, v in others.items() if v.get("", {}).get("rule")]
     rest = _arrays(found, contents, REST) if REST in contents.objects else {}
     if not optimizers and _is_weights(others):
         weights = _arrays(found, contents, OPTIMIZER)
         params = {k.removeprefix("params."): v for k, v in weights.items()}
-        return Run(params, step=contents.step, ordered=False)
+        return _in_order(found, contents, Run(params, step=contents.step))
     if len(optimizers) != 1:
         raise ValueError(
             f"{path} has {len(optimizers)} optimizers of the class form, expected 1, among "
@@ -190,7 +198,18 @@ def read(path: str | Path, names: Names | None = None) -> Run:
     )
     run.groups = [{**mine, **more} for mine, more in zip(run.groups, groups, strict=True)]
     run.states = {n: {k: np.asarray(v) for k, v in e.items()} for n, e in run.states.items()}
-    return run if names is None else run.in_order(names)
+    return _in_order(found, contents, run) if names is None else run.in_order(names)
+
+
+def _in_order(found: Path, contents: files.Contents, run: Run) -> Run:
+    """The run in the model's order, where the checkpoint has it."""
+    about = contents.objects.get(ORDER, {}).get("", {})
+    named = [name for values in about.get("values", {}).values() for name in values]
+    like: dict[str, Any] = {ORDER: [""] * len(named)}
+    order = files.restore(found, **like)[ORDER] if named else []
+    if sorted(order) != sorted(run.params):
+        return dataclasses.replace(run, ordered=False)
+    return dataclasses.replace(run, params={n: run.params[n] for n in order}, ordered=True)
 
 
 def _restored(found: Path, contents: files.Contents, saved: _Saved) -> tuple[Any, list, list[str]]:
@@ -220,7 +239,8 @@ def _restored(found: Path, contents: files.Contents, saved: _Saved) -> tuple[Any
     opt = _optimizer(saved.about["rule"], run)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "restored ", UserWarning)  # of programs, which stay
-        files.restore(found, extra="ignore", **{saved.name: opt})
+        objects: dict[str, Any] = {saved.name: opt}
+        files.restore(found, extra="ignore", **objects)
     return opt, programs, [f"{saved.name}/around/{name}" for name in places.get("around", ())]
 
 
@@ -236,4 +256,5 @@ def _arrays(found: Path, contents: files.Contents, name: str) -> dict[str, np.nd
     paths = [p.removeprefix(f"{name}/") for p in contents.arrays if p.startswith(f"{name}/")]
     shapes = {p: contents.arrays[f"{name}/{p}"] for p in paths}
     like = {p: np.broadcast_to(np.zeros((), x.dtype), x.shape) for p, x in shapes.items()}
-    return files.restore(found, **{name: like})[name]
+    objects: dict[str, Any] = {name: like}
+    return files.restore(found, **objects)[name]
