@@ -5,8 +5,8 @@
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 ME, COUNT, PORT, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // COUNT}"
 
 import jax
 
@@ -56,9 +56,10 @@ def train():
     for i in range(3):
         step(opt, sched, batch(i))
     loaded, other = new()
-    loaded.load_state_dict(jax.tree.map(np.asarray, optim_host(opt.state_dict())))
+    loaded.load_state_dict(on_host(opt.state_dict()))
     other.load_state_dict(sched.state_dict())
     cjax.save(f"{FOLDER}/saved", opt=opt, sched=sched)
+    print("restored", cjax.fingerprint(opt.state_dict()["state"]), cjax.fingerprint(opt.params))
     for i in range(3, 6):
         step(opt, sched, batch(i))
     report(opt, sched)
@@ -66,7 +67,7 @@ def train():
     sharding.check_processes(opt, sched)
 
 
-def optim_host(tree):
+def on_host(tree):
     """A state dict in the memory of this process."""
     from jax.experimental import multihost_utils
 
@@ -84,6 +85,7 @@ def optim_host(tree):
 def resume():
     opt, sched = new()
     cjax.restore(f"{FOLDER}/saved", opt=opt, sched=sched)
+    print("restored", cjax.fingerprint(opt.state_dict()["state"]), cjax.fingerprint(opt.params))
     for i in range(3, 6):
         step(opt, sched, batch(i))
     report(opt, sched)

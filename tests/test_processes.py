@@ -36,18 +36,19 @@ def run(count, folder, what):
     return [out for out, _ in outputs]
 
 
-def result(output):
-    (line,) = [line for line in output.splitlines() if line.startswith("result")]
-    return line
+def results(output):
+    """What was restored or saved, and what came of training on."""
+    return [line for line in output.splitlines() if line.startswith(("restored", "result"))]
 
 
 def test_two_processes_train_save_and_are_resumed_by_two_and_by_one(tmp_path):
     first, second = run(2, tmp_path, "train")
-    assert result(first) == result(second)
+    assert results(first) == results(second)
+    assert len(results(first)) == 2
     again = run(2, tmp_path, "resume")
-    assert [result(output) for output in again] == [result(first)] * 2
+    assert [results(output) for output in again] == [results(first)] * 2
     (alone,) = run(1, tmp_path, "resume")
-    assert result(alone) == result(first)
+    assert results(alone) == results(first)
 
 
 def test_numbers_that_differ_between_processes_are_refused(tmp_path):
