@@ -38,7 +38,9 @@ def rule_of(name: str) -> str:
 
 
 def _classes() -> dict[str, Any]:
-    found = [c for c in vars(optim).values() if inspect.isclass(c) and hasattr(c, "pure")]
+    found: list[Any] = [
+        c for c in vars(optim).values() if inspect.isclass(c) and hasattr(c, "pure")
+    ]
     return {cls.pure.__name__: cls for cls in found}
 
 
@@ -138,10 +140,10 @@ def _check_digits(opt: Any, run: Run) -> None:
     """Refuses states that were rounded on the way."""
     for name, entry in run.states.items():
         for key, new in opt.state[name].items():
-            old = entry.get(key)
-            if key in CLOCKS or not hasattr(old, "dtype"):
+            if key in CLOCKS or not hasattr(entry.get(key), "dtype"):
                 continue
-            if not np.array_equal(np.asarray(old), np.asarray(new).astype(old.dtype)):
+            old = np.asarray(entry[key])
+            if np.asarray(new).astype(old.dtype).tobytes() != old.tobytes():  # NaN is NaN here
                 raise ValueError(f"state {key!r} of {name!r} does not fit into {new.dtype}")
 
 
