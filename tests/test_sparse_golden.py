@@ -99,7 +99,8 @@ def test_random_growth(case):
             for key in case.state_names
         }
         inner = state.inner._replace(states=state.inner.states._replace(**states))
-        state = state._replace(masks=masks, inner=inner)
+        bits = jax.tree.map(sparse.masking.pack, masks)
+        state = state._replace(bits=bits, inner=inner)
         params, state = step(params, state, jax.tree.map(jnp.asarray, case.grads(t)))
         for name in case.sparse:
             mask, kept = np.asarray(state.masks[name]), case.number("kept", name)[t]

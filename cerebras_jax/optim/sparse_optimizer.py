@@ -14,7 +14,7 @@ from cerebras_jax.optim.makers import RuleMaker
 from cerebras_jax.optim.masking import Masking
 from cerebras_jax.optim.pair_state import PairOptimizer
 from cerebras_jax.sparse.entries import layout
-from cerebras_jax.sparse.masking import select
+from cerebras_jax.sparse.masking import fraction_on, is_on, select
 from cerebras_jax.sparse.selection import Groups, Sparsity
 from cerebras_jax.types import Array
 
@@ -30,6 +30,7 @@ class SparseOptimizer(PairOptimizer):
         The masks are the states ``mask``: ``opt.state["dense.kernel"]["mask"]``. They are applied
         as `sparse.sparsify` does. Bounds, skipping and `report` see the gradients that the masks
         leave; a step that is not taken changes no mask. Wrappers (``around=``) see all gradients.
+        A parameter that is set afterwards is pruned by the next step.
 
         Args:
           sparsity: which parameters, by their names, and how: a `sparse.Sparsity`, or an
@@ -67,7 +68,7 @@ class SparseOptimizer(PairOptimizer):
     def density(self) -> dict[str, Array]:
         """The fraction of entries that are on, by the name of each sparse parameter."""
         with self.lock:
-            return {name: jnp.mean(mask) for name, mask in self._masks().items()}
+            return {name: fraction_on(mask) for name, mask in self._masks().items()}
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """See `Optimizer.add_param_group`; what the sparsity says of new names holds for them."""
@@ -88,7 +89,8 @@ class SparseOptimizer(PairOptimizer):
         """The masks of the sparse parameters."""
         of = self._catalogue().of
         places = {name: of[name][MASK] for name in self._names if MASK in of[name]}
-        return entries.read(self._state, places, {})
+        packed = entries.read(self._state, places, {})
+        return {name: is_on(bits) for name, bits in packed.items()}
 
     def _prune(self) -> None:
         masks = self._masks()
