@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cerebras_jax.checks import is_traced
 from cerebras_jax.formats.state_dict import checked_layout
 from cerebras_jax.messages import shown
 from cerebras_jax.optim import entries
@@ -40,6 +41,7 @@ class SparseOptimizer(PairOptimizer):
           TypeError: if it is neither.
           ValueError: if a pattern matches nothing, an array cannot be cut, or the optimizer is
             sparse already. The optimizer is then as it was.
+          RuntimeError: within a traced function.
 
         >>> from cerebras_jax import optim, sparse
         >>> opt = optim.SGD({"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}, lr=1.0)
@@ -53,14 +55,13 @@ class SparseOptimizer(PairOptimizer):
         with self.lock:
             if self._sparsity is not None:
                 raise ValueError(f"the optimizer is sparse already: {self._sparsity}")
-            if self.is_traced():
-                raise RuntimeError("apply allocates masks: call it outside of traced functions")
             self._regroup()
             params = self._treedef().unflatten(self._values())
             state = self._structure.unflatten(self._state)
-            self._state, self._structure = jax.tree.flatten(
-                self._masking(chosen).fitted(state, params)
-            )
+            leaves, structure = jax.tree.flatten(self._masking(chosen).fitted(state, params))
+            if any(map(is_traced, leaves)):
+                raise RuntimeError("apply allocates masks: call it outside of traced functions")
+            self._state, self._structure = leaves, structure
             self._sparsity = chosen
             vars(self).pop("_cache", None)
             self._prune()
