@@ -13,9 +13,10 @@ from sparse_optimizers import RIGL, STATIC, equal, kernel_of, made, mask_of, sam
 
 import cerebras_jax as cjax
 from cerebras_jax import optim, sparse
+from cerebras_jax.sparse.masking import is_on, pack
 from cerebras_jax.train import report
 
-TOPK = {"init_method": "topk"}
+TOPK: Any = {"init_method": "topk"}
 
 
 def init(params: Any, sparsity: Any) -> Any:
@@ -40,7 +41,7 @@ def init(params: Any, sparsity: Any) -> Any:
         (lambda: sparse.At([2.5]), ValueError, r"steps\[0\] must be a whole number, got 2.5"),  # pyright: ignore
         (lambda: sparse.Sparsity(STATIC, seed=1.5), ValueError, r"seed must be .*, got 1.5"),  # pyright: ignore
         (lambda: sparse.Sparsity(STATIC, seed=-1), ValueError, r"in \[0, 2\*\*32\), got -1"),
-        (lambda: optim.SGD(tree(0), 0.1).apply(sparse.RigL), TypeError, "groups must be an algorithm"),  # pyright: ignore
+        (lambda: optim.SGD(tree(0), 0.1).apply(sparse.RigL), TypeError, "must be an algorithm"),  # pyright: ignore
     ],
 )  # fmt: skip
 def test_arguments(make, error, message):
@@ -108,7 +109,8 @@ def test_biases_and_scalars_by_name():
 def test_equal_magnitudes_keep_the_lower_index(algorithm):
     tx = sparse.sparsify(optim.sgd(lr=0.0), algorithm)
     params = {"w": jnp.ones((2, 4))}
-    state = tx.init(params)._replace(bits={"w": jnp.ones((2, 4), jnp.uint8)})
+    state: Any = tx.init(params)
+    state = state._replace(bits={"w": jnp.ones((2, 4), jnp.uint8)})
     grads = {"w": jnp.ones((2, 4))}
     _, state = jax.jit(tx.update)(grads, state, params)
     # All eight are on: int(0.7 * 8) of them stay, and nothing is missing.
@@ -148,10 +150,10 @@ def test_infinite_weights():
 
 
 def test_a_mask_is_on_or_off_whatever_it_was_before():
-    packed = sparse.masking.pack(jnp.array([1, 1, 0, 0]), jnp.array([1, 0, 1, 0]))
-    assert sparse.masking.is_on(packed).tolist() == [True, True, False, False]
-    assert sparse.masking.is_on(packed, 2).tolist() == [True, False, True, False]
-    assert sparse.masking.is_on(packed, 3).tolist() == [True, False, False, False]
+    packed = pack(jnp.array([1, 1, 0, 0]), jnp.array([1, 0, 1, 0]))
+    assert is_on(packed).tolist() == [True, True, False, False]
+    assert is_on(packed, 2).tolist() == [True, False, True, False]
+    assert is_on(packed, 3).tolist() == [True, False, False, False]
 
 
 def test_masks_are_bools_after_an_update():

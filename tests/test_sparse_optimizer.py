@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def test_trajectory(case, step):
     "case", [c for c in CASES if c not in GOLDEN], ids=lambda c: f"{c.id}-{c.algorithm}"
 )
 def test_random_masks_are_those_of_the_pure_form(case):
-    """What the original draws cannot be followed: here both forms draw the same."""
+    """What the original draws cannot be followed: here all forms draw the same."""
     make = getattr(optim, case.optimizer)
     opts = [make(jax.tree.map(jnp.asarray, case.start()), **case.kwargs) for _ in range(2)]
     tx = sparse.sparsify(
@@ -70,7 +71,8 @@ def test_random_masks_are_those_of_the_pure_form(case):
         case.sparsity(),
         states=case.state_names,
     )
-    state, params = tx.init(opts[0].params), opts[0].params
+    state: Any = tx.init(opts[0].params)
+    params = opts[0].params
     params, update = sparse.prune(params, state), jax.jit(tx.update)
     for opt in opts:
         opt.apply(case.sparsity())

@@ -19,7 +19,7 @@ class SparseState(NamedTuple):
 
     Attributes:
       step: int32 scalar, the number of steps taken.
-      bits: a tree like the parameters: uint8 arrays of their shape, None for dense ones; see `pack`.
+      bits: a tree like the parameters: uint8 arrays of their shape, see `pack`; None for dense.
       inner: the state of the wrapped transformation.
     """
 

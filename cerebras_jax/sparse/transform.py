@@ -120,7 +120,9 @@ def sparsify(
 
         new_bits, during = _next_bits(members, step, bits, dense, choose_from)
         old = [None if b is None else is_on(b, d) for b, d in zip(new_bits, during, strict=True)]
-        kept = [None if b is None else is_on(b, d | 1) for b, d in zip(new_bits, during, strict=True)]
+        kept = [
+            None if b is None else is_on(b, d | 1) for b, d in zip(new_bits, during, strict=True)
+        ]
         result, inner = take_step(old)
         result = [
             select(m, r) if returns_params else _prune_update(m, r, p)
@@ -208,7 +210,8 @@ def _next_bits(
         for i, member in enumerate(members)
         if member and isinstance(member.algorithm, Dynamic) and dense[i] is not None
     }
-    new_bits, during = list(bits), [1 for _ in bits]
+    new_bits = list(bits)
+    during: list[Any] = [1 for _ in bits]
     if not changing:
         return new_bits, during
     due = {update: update.due(step) for update in {a.update: None for a, _ in changing.values()}}
