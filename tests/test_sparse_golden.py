@@ -9,6 +9,7 @@ from sparse_cases import CASES, NUMBERS, STEPS, TABLE, TORCH, Case, update, valu
 
 from cerebras_jax import optim, sparse
 from cerebras_jax.sparse import pruning
+from cerebras_jax.sparse.masking import pack
 from cerebras_jax.sparse.values import value_at
 
 DETERMINED = [c for c in CASES if not c.random_growth and not c.only_counts]
@@ -99,7 +100,8 @@ def test_random_growth(case):
             for key in case.state_names
         }
         inner = state.inner._replace(states=state.inner.states._replace(**states))
-        state = state._replace(masks=masks, inner=inner)
+        bits = jax.tree.map(pack, masks)
+        state = state._replace(bits=bits, inner=inner)
         params, state = step(params, state, jax.tree.map(jnp.asarray, case.grads(t)))
         for name in case.sparse:
             mask, kept = np.asarray(state.masks[name]), case.number("kept", name)[t]

@@ -1,8 +1,10 @@
 """Sparse training in the class form: golden runs, and what always holds."""
 
 import copy
+import itertools
 import pickle
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +31,8 @@ def plain_step(opt, grads):
     opt.step(grads)
 
 
-# The pure form runs them all; here one of each algorithm, and of each optimizer.
 GOLDEN = [c for c in CASES if not c.random_growth and not c.only_counts]
-RUNS = [(c, plain_step) for c in {c.algorithm: c for c in GOLDEN}.values()]
-RUNS += [(c, traced_step) for c in {c.optimizer: c for c in GOLDEN}.values()]
+RUNS = [(c, step) for c in GOLDEN for step in (plain_step, traced_step)]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,35 @@ def test_trajectory(case, step):
                 path[name].append(np.asarray(opt.params[name]))
                 case.check_state(t, name, opt.state[name])
     case.check_params({name: np.stack(rows) for name, rows in path.items()})
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c not in GOLDEN], ids=lambda c: f"{c.id}-{c.algorithm}"
+)
+def test_random_masks_are_those_of_the_pure_form(case):
+    """What the original draws cannot be followed: here all forms draw the same."""
+    make = getattr(optim, case.optimizer)
+    opts = [make(jax.tree.map(jnp.asarray, case.start()), **case.kwargs) for _ in range(2)]
+    tx = sparse.sparsify(
+        getattr(optim, case.optimizer.lower())(**case.kwargs),
+        case.sparsity(),
+        states=case.state_names,
+    )
+    state: Any = tx.init(opts[0].params)
+    params = opts[0].params
+    params, update = sparse.prune(params, state), jax.jit(tx.update)
+    for opt in opts:
+        opt.apply(case.sparsity())
+    for t in range(STEPS + 1):
+        if t:
+            grads = jax.tree.map(jnp.asarray, case.grads(t))
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            plain_step(opts[0], grads)
+            traced_step(opts[1], grads)
+        for opt, name in itertools.product(opts, case.sparse):
+            np.testing.assert_array_equal(opt.state[name]["mask"], state.masks[name])
+            assert state.masks[name].sum() == case.counts[name][t]
 
 
 # --- laws -----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.trees import path_name
 from cerebras_jax.messages import shown
 from cerebras_jax.optim.guarding import Guard
-from cerebras_jax.sparse.masking import find_state
+from cerebras_jax.sparse.masking import find_state, is_on, pack
 from cerebras_jax.transforms.grouped import GroupedState
 from cerebras_jax.types import Array
 
@@ -129,7 +129,7 @@ def _add_masks(
 ) -> None:
     """Takes what belongs to `sparsify` out of what is shared."""
     node = find_state(state)
-    masks = zip(names.values(), params.flatten_up_to(node.masks), strict=True)
+    masks = zip(names.values(), params.flatten_up_to(node.bits), strict=True)
     places = {n: Place(index[id(m)]) for n, m in masks if id(m) in index}
     step = Place(index[id(node.step)])
     for path in [k for k, v in shared.items() if v in (*places.values(), step)]:
@@ -237,7 +237,8 @@ def read(
       places: e.g. those of one parameter.
       host: vectors that were already brought to the host, by leaf; it is added to.
     """
-    return {key: _value(leaves, place, host) for key, place in places.items()}
+    values = {key: _value(leaves, place, host) for key, place in places.items()}
+    return {key: is_on(value) if key == MASK else value for key, value in values.items()}
 
 
 def named(leaves: Sequence[Array], catalogue: Catalogue) -> NamedState:
@@ -248,7 +249,7 @@ def named(leaves: Sequence[Array], catalogue: Catalogue) -> NamedState:
     for name, places in catalogue.of.items():
         for key, (leaf, row) in places.items():
             if row is None:
-                states[name][key] = leaves[leaf]
+                states[name][key] = is_on(leaves[leaf]) if key == MASK else leaves[leaf]
                 continue
             if leaf not in host:
                 host[leaf] = np.asarray(leaves[leaf])
@@ -313,7 +314,7 @@ def write(
             if place is None:
                 continue
             if place.row is None:
-                result[place.leaf] = value
+                result[place.leaf] = pack(value) if key == MASK else value
             else:
                 rows.setdefault(place.leaf, {})[place.row] = value
     for leaf, values in rows.items():

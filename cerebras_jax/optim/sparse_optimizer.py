@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from cerebras_jax.checks import is_traced
 from cerebras_jax.formats.state_dict import checked_layout
 from cerebras_jax.messages import shown
 from cerebras_jax.optim import entries
@@ -13,7 +15,7 @@ from cerebras_jax.optim.makers import RuleMaker
 from cerebras_jax.optim.masking import Masking
 from cerebras_jax.optim.pair_state import PairOptimizer
 from cerebras_jax.sparse.entries import layout
-from cerebras_jax.sparse.masking import holds_masks, select
+from cerebras_jax.sparse.masking import fraction_on, holds_masks, is_on, select
 from cerebras_jax.sparse.selection import Groups, Sparsity
 from cerebras_jax.types import Array
 
@@ -29,7 +31,7 @@ class SparseOptimizer(PairOptimizer):
         The masks are the states ``mask``: ``opt.state["dense.kernel"]["mask"]``. They are applied
         as `sparse.sparsify` does. Bounds, skipping and `report` see the gradients that the masks
         leave; a step that is not taken changes no mask. Wrappers (``around=``) see all gradients,
-        and all are judged then.
+        and all are judged then. A parameter that is set afterwards is pruned by the next step.
 
         Args:
           sparsity: which parameters, by their names, and how: a `sparse.Sparsity`, or an
@@ -39,6 +41,7 @@ class SparseOptimizer(PairOptimizer):
           TypeError: if it is neither.
           ValueError: if a pattern matches nothing, an array cannot be cut, or the optimizer is
             sparse already. The optimizer is then as it was.
+          RuntimeError: within a traced function.
 
         >>> from cerebras_jax import optim, sparse
         >>> opt = optim.SGD({"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}, lr=1.0)
@@ -54,12 +57,12 @@ class SparseOptimizer(PairOptimizer):
                 raise ValueError(f"the optimizer is sparse already: {self._sparsity}")
             if holds_masks(self._structure.unflatten(self._state)):
                 raise ValueError("the optimizer is sparse already: by a wrapper in around=")
-            if self.is_traced():
-                raise RuntimeError("apply allocates masks: call it outside of traced functions")
             self._regroup()
             params = self._treedef().unflatten(self._values())
-            state = self._structure.unflatten(self._state)
-            self._take_state(self._masking(chosen).fitted(state, params))
+            fitted = self._masking(chosen).fitted(self._structure.unflatten(self._state), params)
+            if any(map(is_traced, jax.tree.leaves(fitted))):  # also a mask made of a seed alone
+                raise RuntimeError("apply allocates masks: call it outside of traced functions")
+            self._take_state(fitted)
             self._sparsity = chosen
             vars(self).pop("_cache", None)
             self._prune()
@@ -67,7 +70,7 @@ class SparseOptimizer(PairOptimizer):
     def density(self) -> dict[str, Array]:
         """The fraction of entries that are on, by the name of each sparse parameter."""
         with self.lock:
-            return {name: jnp.mean(mask) for name, mask in self._masks().items()}
+            return {name: fraction_on(mask) for name, mask in self._masks().items()}
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """See `Optimizer.add_param_group`; what the sparsity says of new names holds for them."""
@@ -92,7 +95,8 @@ class SparseOptimizer(PairOptimizer):
         """The masks of the sparse parameters."""
         of = self._catalogue().of
         places = {name: of[name][MASK] for name in self._names if MASK in of[name]}
-        return entries.read(self._state, places, {})
+        packed = entries.read(self._state, places, {})
+        return {name: is_on(bits) for name, bits in packed.items()}
 
     def _prune(self) -> None:
         masks = self._masks()

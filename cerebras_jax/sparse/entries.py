@@ -14,7 +14,7 @@ import numpy as np
 
 from cerebras_jax.engine.trees import align, leaf_paths
 from cerebras_jax.sparse.algorithms import SET, Algorithm, Dynamic
-from cerebras_jax.sparse.masking import SparseState, mask_states
+from cerebras_jax.sparse.masking import SparseState, mask_states, pack
 from cerebras_jax.sparse.selection import Sparsity, shorten
 from cerebras_jax.types import Params
 
@@ -113,7 +113,8 @@ def from_entries(
     )
     step = entries.get("step")
     step = state.step if step is None else jnp.asarray(int(step), jnp.int32)
-    return SparseState(step, masks, mask_states(state.inner, masks, params, states))
+    inner = mask_states(state.inner, masks, params, states)
+    return SparseState(step, jax.tree.map(pack, masks), inner)
 
 
 def read_buffers(model: Mapping[str, Any], section: Any = None) -> dict[str, Any]:

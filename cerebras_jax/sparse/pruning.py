@@ -80,6 +80,8 @@ def checkerboard(p: Array, sparsity: float, key: Array, cut: Cut | None) -> Arra
 
     As Cerebras: an array that is not a matrix has the same pattern in every row.
     """
+    if p.ndim == 0:
+        raise ValueError("init_method 'checkerboard' needs an axis, got shape ()")
     density = 1 - sparsity
     if density <= 0:
         return jnp.zeros(p.shape, bool)

@@ -29,10 +29,11 @@ class Sparsity:
         that no group takes stays dense. A string is a glob for the whole name; a compiled regular
         expression is searched in it.
       seed: of the random masks and of random growth, which depend on it, on the parameter's name
-        and on the step only.
+        and on the step only; a whole number in [0, 2**32).
 
     Raises:
       TypeError: if something is neither an algorithm nor a pattern.
+      ValueError: if the seed is outside its range.
 
     >>> import re
     >>> from cerebras_jax import sparse
@@ -47,6 +48,9 @@ class Sparsity:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", _checked(self.groups))
+        seed = self.seed
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be a whole number in [0, 2**32), got {seed!r}")
 
     def assign(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Algorithm]:
         """The algorithm of every sparse parameter.

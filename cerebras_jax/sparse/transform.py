@@ -16,7 +16,7 @@ from cerebras_jax.engine.rounding import path_number
 from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
 from cerebras_jax.sparse import order
 from cerebras_jax.sparse.algorithms import Algorithm, Dynamic
-from cerebras_jax.sparse.masking import SparseState, mask_states, select
+from cerebras_jax.sparse.masking import SparseState, is_on, mask_states, pack, select
 from cerebras_jax.sparse.selection import Groups, Sparsity
 from cerebras_jax.types import Array, Params
 
@@ -35,7 +35,8 @@ def sparsify(
     from then on every update leaves exact zeros where the mask prunes. A step masks the gradients
     by a select, so that a NaN in a pruned place vanishes; takes the step of ``tx``; sets pruned
     weights and their states to zero; and, if an update is due, chooses new masks by the new
-    weights and the dense gradients. A None gradient leaves its mask alone.
+    weights and the dense gradients. A None gradient leaves its mask alone. No update makes a weight
+    zero that is infinite or NaN: `prune` does.
 
     This is the innermost wrapper: what holds steps back, accumulates or clips goes around it. To
     let that see masked gradients, put `mask_gradients` around it.
@@ -50,7 +51,8 @@ def sparsify(
       returns_params: ``tx.update`` returns new parameters in place of updates, and so does this.
 
     Raises:
-      ValueError: from ``init``, if a pattern matches nothing or an array cannot be cut.
+      ValueError: from ``init``, if a pattern matches nothing, an array cannot be cut, or ``tx`` is
+        sparse already.
 
     >>> from cerebras_jax import optim, sparse
     >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
@@ -69,9 +71,13 @@ def sparsify(
         leaves, treedef = jax.tree.flatten(params)
         check_params(leaves, lambda: leaf_paths(params))
         members = _members(chosen, names, params)
-        masks = treedef.unflatten(map(_first_mask, members, map(as_array, leaves)))
-        inner = mask_states(tx.init(params), masks, params, states)
-        return SparseState(jnp.zeros((), jnp.int32), masks, inner)
+        inner = tx.init(params)
+        nodes = jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, SparseState))
+        if any(isinstance(x, SparseState) for x in nodes):
+            raise ValueError(f"sparsify wraps a transformation that is sparse already: {sparsity}")
+        bits = treedef.unflatten(map(_first_mask, members, map(as_array, leaves)))
+        state = SparseState(jnp.zeros((), jnp.int32), bits, inner)
+        return state._replace(inner=mask_states(state.inner, state.masks, params, states))
 
     def update(
         updates: Any, state: Any, params: Params = None, **extra: Any
@@ -80,7 +86,7 @@ def sparsify(
             raise ValueError("update needs the parameters: call update(grads, state, params)")
         leaves, treedef = jax.tree.flatten(params)
         paths = functools.cache(lambda: leaf_paths(params))
-        masks = align(treedef, state.masks, "the masks", paths)
+        bits = align(treedef, state.bits, "the masks", paths)
         dense = align(treedef, extra.pop("dense_grads", updates), "the gradients", paths)
         grads = align(treedef, updates, "the gradients", paths)
         dense = [None if g is None else d for g, d in zip(grads, dense, strict=True)]
@@ -88,7 +94,9 @@ def sparsify(
         members = _members(chosen, names, params)
         step = saturating_increment(state.step)
 
-        def take_step(done: Iterable[Any] = itertools.repeat(None)) -> tuple[list[Any], Any]:
+        def take_step(
+            masks: Sequence[Any], done: Iterable[Any] = itertools.repeat(None)
+        ) -> tuple[list[Any], Any]:
             """What ``tx`` returns: a list of updates, or of parameters, and its state."""
             masked_grads = treedef.unflatten(map(select, masks, grads, done))
             masked_params = treedef.unflatten(map(select, masks, leaves))
@@ -101,20 +109,28 @@ def sparsify(
                 return list(result)
             return treedef.flatten_up_to(optax.apply_updates(params, treedef.unflatten(result)))
 
-        result, inner = take_step()
-        new_masks = _next_masks(members, step, masks, dense, result, moved, lambda: take_step()[0])
-        changed = [None if new is m else new for m, new in zip(masks, new_masks, strict=True)]
-        # One select after the other: XLA would first write the `and` of both masks to memory.
-        for mask in masks, changed:
-            result = [
-                select(m, r) if returns_params else _prune_update(m, r, p)
-                for m, r, p in zip(mask, result, leaves, strict=True)
-            ]
-        late = take_step(moved(result))[1] if order.is_needed(step) else inner
-        inner = mask_states(inner, state.masks, params, states, late)
-        inner = mask_states(inner, treedef.unflatten(changed), params, states)
-        new_state = SparseState(step, treedef.unflatten(new_masks), inner)
-        return treedef.unflatten(result), new_state
+        def choose_from() -> list[Any]:
+            """The parameters by which masks are chosen, and only in a step in which they are.
+
+            When masks are due the step is taken again for it. If it handed over its results, they
+            would have to be written to memory and read again in every step.
+            """
+            masks = [None if b is None else is_on(b) for b in bits]
+            return moved(take_step(masks)[0])
+
+        new_bits, during = _next_bits(members, step, bits, dense, choose_from)
+        old = [None if b is None else is_on(b, d) for b, d in zip(new_bits, during, strict=True)]
+        kept = [
+            None if b is None else is_on(b, d | 1) for b, d in zip(new_bits, during, strict=True)
+        ]
+        result, inner = take_step(old)
+        result = [
+            select(m, r) if returns_params else _prune_update(m, r, p)
+            for m, r, p in zip(kept, result, leaves, strict=True)
+        ]
+        late = take_step(old, moved(result))[1] if order.is_needed(step) else inner
+        inner = mask_states(inner, treedef.unflatten(kept), params, states, late)
+        return treedef.unflatten(result), SparseState(step, treedef.unflatten(new_bits), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -156,83 +172,81 @@ def _members(
 def _first_mask(member: _Member | None, p: Array) -> Array | None:
     if member is None:
         return None
+    sharding = None if is_traced(p) or not isinstance(p.sharding, NamedSharding) else p.sharding
     try:
         member.algorithm.cut(p)
+        return _make_first_mask(member.algorithm, sharding, member.key, p)
     except ValueError as error:
         raise ValueError(f"parameter {member.name!r}: {error}") from None
-    sharding = None if is_traced(p) or not isinstance(p.sharding, NamedSharding) else p.sharding
-    return _make_first_mask(member.algorithm, sharding, member.key, p)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _make_first_mask(algorithm: Algorithm, sharding: Any, key: Any, p: Array) -> Array:
-    mask = algorithm.first_mask(p, _random_key(key, jnp.uint32(0)))
-    return mask if sharding is None else jax.lax.with_sharding_constraint(mask, sharding)
+    bits = pack(algorithm.first_mask(p, _random_key(key, jnp.uint32(0))))
+    return bits if sharding is None else jax.lax.with_sharding_constraint(bits, sharding)
 
 
-def _next_masks(
+def _next_bits(
     members: Sequence[_Member | None],
     step: Array,
-    masks: Sequence[Any],
+    bits: Sequence[Any],
     dense: Sequence[Any],
-    result: Sequence[Any],
-    moved: Callable[[Sequence[Any]], Sequence[Array]],
-    take_step: Callable[[], Sequence[Any]],
-) -> list[Any]:
-    """The masks after a step: new ones where an update is due.
+    choose_from: Callable[[], Sequence[Any]],
+) -> tuple[list[Any], list[Any]]:
+    """The masks after a step, new ones where an update is due; see `pack`.
 
     Args:
       members: of every leaf, as in `_members`.
       step: how many steps are taken with this one.
-      masks: the masks during the step.
+      bits: the masks before.
       dense: the gradients before they were masked.
-      result: what the step returned.
-      moved: the parameters after a step that returned this.
-      take_step: returns the result again.
+      choose_from: returns the parameters after the step.
+
+    Returns:
+      The packed masks, and for each which bit is the mask during the step.
     """
     changing = {
         i: (member.algorithm, member.key)
         for i, member in enumerate(members)
         if member and isinstance(member.algorithm, Dynamic) and dense[i] is not None
     }
+    new_bits = list(bits)
+    during: list[Any] = [1 for _ in bits]
     if not changing:
-        return list(masks)
+        return new_bits, during
+    due = {update: update.due(step) for update in {a.update: None for a, _ in changing.values()}}
+    old = [bits[i] for i in changing]
 
-    def choose(result: Sequence[Any], is_due: bool = False) -> list[Array]:
-        params = moved(result)
+    def choose() -> list[Array]:
+        params = choose_from()
         return [
-            _next_mask(algorithm, is_due, key, params[i], masks[i], dense[i], step)
+            _next_mask(algorithm, len(due) == 1, key, params[i], bits[i], dense[i], step)
             for i, (algorithm, key) in changing.items()
         ]
 
-    if is_traced(step):
-        # When masks are due the step is taken again in here. If it handed over its results, they
-        # would have to be written to memory and read again in every step.
-        schedules = dict.fromkeys(algorithm.update for algorithm, _ in changing.values())
-        due = functools.reduce(jnp.logical_or, [update.due(step) for update in schedules])
-        all_due = len(schedules) == 1
-        old = [masks[i] for i in changing]
-        chosen = jax.lax.cond(due, lambda: choose(take_step(), all_due), lambda: old)
+    any_due = functools.reduce(jnp.logical_or, due.values())
+    if is_traced(any_due):
+        chosen = jax.lax.cond(any_due, choose, lambda: old)
     else:
-        chosen = choose(result)
-    new_masks = list(masks)
-    for i, mask in zip(changing, chosen, strict=True):
-        new_masks[i] = mask
-    return new_masks
+        chosen = choose() if any_due else old
+    for (i, (algorithm, _)), mask in zip(changing.items(), chosen, strict=True):
+        new_bits[i] = mask
+        during[i] = jnp.where(due[algorithm.update], 2, 1).astype(mask.dtype)
+    return new_bits, during
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _next_mask(
-    algorithm: Dynamic, is_due: bool, key: Any, p: Array, mask: Array, g: Array, step: Array
+    algorithm: Dynamic, is_due: bool, key: Any, p: Array, bits: Array, g: Array, step: Array
 ) -> Array:
     """The new mask of one array if it is due, which may be known before; else the old one."""
 
     def choose() -> Array:
-        return algorithm.next_mask(select(mask, p), mask, g, step, _random_key(key, step))
+        mask = is_on(bits)
+        new = algorithm.next_mask(select(mask, p), mask, g, step, _random_key(key, step))
+        return pack(new, mask)
 
-    if is_due:
-        return choose()
-    return jax.lax.cond(algorithm.update.due(step), choose, lambda: mask)
+    return choose() if is_due else jax.lax.cond(algorithm.update.due(step), choose, lambda: bits)
 
 
 def _prune_update(mask: Any, u: Any, p: Array) -> Any:

@@ -1,6 +1,7 @@
 """When masks are updated, and numbers that change with the steps: all functions of the step."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -76,7 +77,8 @@ def _positive(x: Any) -> Any:
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not checks.is_number(value) or value != int(value):
+    is_number = checks.is_number(value) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value != int(value):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value!r}")

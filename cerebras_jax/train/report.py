@@ -123,7 +123,7 @@ def density(opt: Optimizer) -> dict[str, float]:
     """What of the sparse weights is on, in all; nothing, if there are none."""
     found = opt.density() if isinstance(opt, SparseOptimizer) else {}
     sizes = {name: p.size for name, p in opt.named_parameters() if name in found}
-    if not sizes:
+    if not sum(sizes.values()):
         return {}
     return {"density": sum(float(found[k]) * n for k, n in sizes.items()) / sum(sizes.values())}
 
