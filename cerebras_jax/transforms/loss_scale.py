@@ -278,7 +278,7 @@ class GradScaler(Stateful):
             if name == "loss_scale":
                 check(name, number, "> 0")  # as float32 has it
                 loaded = jnp.float32(number)
-            elif number % 1 == 0:
+            elif float(number) % 1 == 0:
                 loaded = jnp.int32(min(int(number), jnp.iinfo(jnp.int32).max))
             else:
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
