@@ -428,6 +428,7 @@ SGD = optim.sgd(lr=0.1)
         (lambda: SkipSpikes(window=8.0), ValueError, "window must be an integer >= 2, got 8.0"),
         (lambda: SkipSpikes(sigma=0), ValueError, "sigma must be > 0, got 0"),
         (lambda: SkipSpikes(sigma=lambda t: 1), TypeError, "sigma must be a number, got"),
+        (lambda: SkipSpikes(sigma=jnp.float32(3)), TypeError, "sigma must be a number, got"),
         (lambda: SkipSpikes(8, min_history=10), ValueError, r"in \[2, window \+ 1\], got 10"),
         (lambda: guard(SGD, skip_nonfinite=1), TypeError, "must be True or False, got 1"),
         (lambda: guard(SGD, skip_spikes=6.0), TypeError, "must be a SkipSpikes or None, got 6.0"),

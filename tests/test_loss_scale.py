@@ -199,6 +199,13 @@ def test_state_dict_goes_there_and_back():
     assert pickle.loads(pickle.dumps(scaler)).state_dict() == scaler.state_dict()
 
 
+def test_counts_beyond_int32_saturate():
+    scaler = GradScaler("dynamic")
+    scaler.load_state_dict({"num_skipped_steps": np.int64(2**40), "steps_since_rescale": 5.0})
+    assert scaler.state_dict()["num_skipped_steps"] == 2**31 - 1
+    assert scaler.state_dict()["steps_since_rescale"] == 5
+
+
 def test_state_dicts_of_the_original():
     scaler = GradScaler("dynamic")
     scaler.update(False)
@@ -219,6 +226,11 @@ def test_state_dicts_of_the_original():
         ({"loss_scale": np.nan}, "loss_scale must be a finite number >= 0, got nan"),
         ({"num_skipped_steps": -1}, "num_skipped_steps must be a finite number >= 0, got -1"),
         ({"loss_scale": np.ones(2)}, "loss_scale must be a finite number"),
+        ({"loss_scale": "2"}, "loss_scale must be a finite number"),
+        ({"loss_scale": True}, "loss_scale must be a finite number"),
+        ({"loss_scale": 1e39}, "loss_scale must be .* inf in float32"),
+        ({"loss_scale": 1e-50}, "loss_scale must be > 0, got 1e-50, which is 0 in float32"),
+        ({"steps_since_rescale": 2.5}, "steps_since_rescale must be a whole number, got 2.5"),
     ],
 )
 def test_other_state_dicts_are_refused_as_a_whole(state_dict, message):

@@ -158,6 +158,17 @@ def test_a_swap_of_averages_keeps_all_bits():
     chex.assert_trees_all_equal(exact.full_precision(), before)
 
 
+@FORMS
+def test_a_bfloat16_value_that_is_there_already_keeps_the_bits_that_it_lacks(transformed):
+    exact, _ = _exact_and_nearest()
+    before = exact.full_precision()
+    set_to = transformed(lambda opt, value: opt.set_parameter("a", value))
+    set_to(exact, exact.params["a"])
+    chex.assert_trees_all_equal(exact.full_precision(), before)
+    set_to(exact, jnp.zeros((2, 3), jnp.bfloat16))
+    np.testing.assert_array_equal(exact.full_precision()["a"], 0)
+
+
 def test_what_cannot_be_rounded_is_refused():
     with pytest.raises(ValueError, match="'w' is float16"):
         optim.SGD({"w": jnp.ones(2, jnp.float16)}, lr=0.1, rounding="exact")
@@ -300,6 +311,10 @@ def test_a_scaler_of_the_wrong_kind_and_two_bounds_are_refused():
     with pytest.raises(TypeError, match="scaler must be a GradScaler"):
         opt.step({"w": jnp.ones(2)}, scaler=3)
     opt.max_gradient_norm = 1.0
+    scaler = optim.GradScaler()
+    scaler.max_gradient_norm = -1.0
+    with pytest.raises(ValueError, match="max_gradient_norm must be > 0, got -1"):
+        opt.step({"w": jnp.ones(2)}, scaler=scaler)
     with pytest.raises(ValueError, match="on the optimizer and on the scaler"):
         opt.step({"w": jnp.ones(2)}, scaler=optim.GradScaler(max_gradient_norm=1.0))
 

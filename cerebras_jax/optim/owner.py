@@ -232,6 +232,10 @@ class Owner(Stateful):
             raise KeyError(f"no parameter is called {name!r}")
         return index[name]
 
+    def _value_of(self, name: str) -> Array:
+        source, i = self._place(name)
+        return self._source_values(source)[i]
+
     def _align(self, grads: Any) -> list[Any]:
         if self._is_one_tree():
             return self._sources[0].align(grads)

@@ -75,14 +75,22 @@ class PairOptimizer(Optimizer):
         return tuple(tuple(sorted(group, key=order.__getitem__)) for group in self._groups)
 
     def set_parameter(self, name: str, value: Array) -> None:
-        """See `Optimizer.set_parameter`; with ``rounding="exact"`` no bit of a float32 is lost."""
+        """See `Optimizer.set_parameter`; with ``rounding="exact"`` no bit of a float32 is lost.
+
+        A bfloat16 value then is all there is of a parameter, and elements that have it already
+        stay: set parameters before `load_state_dict`, which brings the bits that they lack.
+        """
         with self.lock:
             place = self._catalogue().of.get(name, {}).get(entries.LOW_BITS)
             if place is None:
                 return super().set_parameter(name, value)
-            value, low = rounding.split(jnp.asarray(value, jnp.float32))
-            super().set_parameter(name, value)
-            self._state[place.leaf] = low
+            value, old = jnp.asarray(value), self._value_of(name)
+            is_whole = value.dtype != old.dtype
+            top, low = rounding.split(value.astype(jnp.float32))
+            super().set_parameter(name, top)
+            self._state[place.leaf] = (
+                low if is_whole else jnp.where(top == old, self._state[place.leaf], low)
+            )
 
     def full_precision(self) -> Any:
         """The parameters as float32 where ``rounding="exact"`` keeps what bfloat16 cannot."""

@@ -18,7 +18,7 @@ from cerebras_jax.engine.trees import check_grads
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import check_keys
 from cerebras_jax.optim import clocks
-from cerebras_jax.optim.guarding import Guard
+from cerebras_jax.optim.guarding import Guard, check_setting
 from cerebras_jax.optim.makers import How, RuleMaker
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.pair_state import SCALED
@@ -250,6 +250,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             self._live.add(SCALED)
             self._fit_guard()
         if scaler.max_gradient_norm is not None:
+            check_setting("max_gradient_norm", scaler.max_gradient_norm)
             if "max_gradient_norm" in bounds:
                 raise ValueError("max_gradient_norm is set on the optimizer and on the scaler")
             bound = as_argument(scaler.max_gradient_norm, self._mesh())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cerebras_jax.checks import check, is_number
+from cerebras_jax.formats.state_dict import plain_value
 from cerebras_jax.stateful import Stateful
 from cerebras_jax.types import Array, Scalar
 
@@ -272,14 +272,17 @@ class GradScaler(Stateful):
         if unknown:
             raise ValueError(f"a scaler's state has {list(state._fields)}, got {unknown}")
         for name, value in state_dict.items():
-            number = np.asarray(value)
-            is_scale = name == "loss_scale"
-            if number.shape != () or not math.isfinite(number) or number < 0:
+            number = plain_value(value)
+            if not is_number(number) or np.shape(number) != () or not 0 <= number < np.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-            if is_scale and number == 0:
-                raise ValueError(f"{name} must be > 0, got {value!r}")
-            dtype = jnp.float32 if is_scale else jnp.int32
-            state = state._replace(**{name: jnp.asarray(number, dtype)})
+            if name == "loss_scale":
+                check(name, number, "> 0")  # as float32 has it
+                loaded = jnp.float32(number)
+            elif float(number) % 1 == 0:
+                loaded = jnp.int32(min(int(number), jnp.iinfo(jnp.int32).max))
+            else:
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            state = state._replace(**{name: loaded})
         with self.lock:
             self.state = state
 

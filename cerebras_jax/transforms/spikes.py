@@ -62,7 +62,7 @@ class SkipSpikes:
     def __post_init__(self) -> None:
         if not _is_integer(self.window) or self.window < 2:
             raise ValueError(f"window must be an integer >= 2, got {self.window!r}")
-        if callable(self.sigma):
+        if not isinstance(self.sigma, int | float | np.number):  # it is part of a program's key
             raise TypeError(f"sigma must be a number, got {self.sigma!r}")
         check("sigma", self.sigma, "> 0")
         known = self.min_history
