@@ -13,7 +13,7 @@ from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.trees import path_name
-from cerebras_jax.optim.guarding import guard_only
+from cerebras_jax.optim.guarding import MeasuredState, guard_only
 from cerebras_jax.sparse.masking import SparseState
 from cerebras_jax.transforms.grouped import GroupedState
 from cerebras_jax.types import Array
@@ -37,11 +37,13 @@ class Catalogue(NamedTuple):
       of: per parameter name, the places of its states by key; its step count is ``"step"``.
       shared: places, by path, of what belongs to no parameter: the states of wrappers.
       guard: places of what watches over the steps; see `guarding`.
+      norms: places of the norms of the last step, by kind; nothing continues from them.
     """
 
     of: dict[str, dict[str, Place]]
     shared: dict[str, Place]
     guard: dict[str, Place]
+    norms: dict[str, Place]
 
 
 class NamedState(NamedTuple):
@@ -98,11 +100,15 @@ def catalogue(state: Any, params: Any, names: Mapping[str, str], owners: Owners)
         path_name(path): Place(index[id(x)])
         for path, x in jax.tree_util.tree_leaves_with_path(guard_only(state))
     }
-    known |= {place.leaf for place in guard.values()}
+    measured = state.norms._asdict() if isinstance(state, MeasuredState) else {}
+    norms = {
+        kind: Place(index[id(x)]) for kind, tree in measured.items() for x in jax.tree.leaves(tree)
+    }
+    known |= {place.leaf for place in (*guard.values(), *norms.values())}
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     shared = {paths[i]: Place(i) for i in range(len(leaves)) if i not in known}
     _add_masks(of, shared, state, params, names, index)
-    return Catalogue(of, shared, guard)
+    return Catalogue(of, shared, guard, norms)
 
 
 def _add_masks(

@@ -11,11 +11,12 @@ from cerebras_jax.checks import check, check_flag, is_number
 from cerebras_jax.sparse.masking import SparseState
 from cerebras_jax.transforms.finite import GuardState, guard
 from cerebras_jax.transforms.grouped import GroupedState
+from cerebras_jax.transforms.norms import Norms, check_kinds
 from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.types import Array
 
 BOUNDS = ("max_gradient_norm", "max_gradient_value")
-SETTINGS = (*BOUNDS, "skip_nonfinite", "skip_spikes", "measure_gradients")
+SETTINGS = (*BOUNDS, "skip_nonfinite", "skip_spikes", "measure_gradients", "measure_norms")
 
 
 class StepReport(NamedTuple):
@@ -27,6 +28,7 @@ class StepReport(NamedTuple):
       took_step: bool scalar, whether the step was taken; True before the first.
       num_skipped_steps: int32 scalar, the steps not taken so far.
       skipped_in_a_row: int32 scalar, the steps not taken since the last that was.
+      norms: of each gradient, update and parameter by name, with ``measure_norms``; else None.
     """
 
     gradient_norm: Array
@@ -34,9 +36,10 @@ class StepReport(NamedTuple):
     took_step: Array
     num_skipped_steps: Array
     skipped_in_a_row: Array
+    norms: Norms | None = None
 
     @classmethod
-    def of(cls, state: GuardState) -> "StepReport":
+    def of(cls, state: GuardState, norms: Norms | None = None) -> "StepReport":
         """The report in a state of `guard`."""
         return cls(
             state.norm,
@@ -44,7 +47,20 @@ class StepReport(NamedTuple):
             state.took_step,
             state.num_skipped_steps,
             state.skipped_in_a_row,
+            norms,
         )
+
+
+class MeasuredState(NamedTuple):
+    """The state of a step with ``measure_norms``.
+
+    Attributes:
+      inner: the state without it, that of the wrappers included.
+      norms: what was measured in the last step.
+    """
+
+    inner: Any
+    norms: Norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +72,14 @@ class Guard:
       skip_nonfinite: whether steps that are not finite are not taken.
       skip_spikes: what a spike is, if those are not taken either.
       is_on: whether there is anything to watch: whether the state holds a `GuardState`.
+      norms: which norms are measured, of `norms.KINDS`: whether the state is a `MeasuredState`.
     """
 
     clips: tuple[str, ...] = ()
     skip_nonfinite: bool = False
     skip_spikes: SkipSpikes | None = None
     is_on: bool = False
+    norms: tuple[str, ...] = ()
 
     @property
     def judges(self) -> bool:
@@ -115,6 +133,8 @@ def check_setting(name: str, value: Any) -> None:
     if name == "skip_spikes":
         if not isinstance(value, SkipSpikes | None):
             raise TypeError(f"skip_spikes must be a SkipSpikes or None, got {value!r}")
+    elif name == "measure_norms":
+        check_kinds(value)
     elif name in BOUNDS:
         if value is not None and not is_number(value):
             raise TypeError(f"{name} must be a number or None, got {value!r}")

@@ -13,11 +13,19 @@ from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_known, load_shared
 from cerebras_jax.optim import clocks, entries, numbers
 from cerebras_jax.optim.entries import Catalogue, NamedState, StateView
-from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, Guard, StepReport, guard_only
+from cerebras_jax.optim.guarding import (
+    BOUNDS,
+    SETTINGS,
+    Guard,
+    MeasuredState,
+    StepReport,
+    guard_only,
+)
 from cerebras_jax.optim.makers import Maker, RuleMaker
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.stateful import Fill, Slot
 from cerebras_jax.transforms.finite import GuardState
+from cerebras_jax.transforms.norms import Norms, check_kinds
 from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.types import Array
 
@@ -48,6 +56,7 @@ class PairOptimizer(Optimizer):
     skip_nonfinite: bool
     skip_spikes: SkipSpikes | None
     measure_gradients: bool
+    measure_norms: bool | Sequence[str]
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return normalize({name: group[name] for name in self.defaults})
@@ -206,19 +215,28 @@ class PairOptimizer(Optimizer):
 
     def _guard(self) -> Guard:
         clips = tuple(name for name in BOUNDS if getattr(self, name) is not None)
-        measures = self.measure_gradients or SCALED in self._live
+        norms = check_kinds(self.measure_norms)
+        measures = self.measure_gradients or SCALED in self._live or norms != ()
         skips = self.skip_nonfinite or self.skip_spikes is not None
-        return Guard(clips, self.skip_nonfinite, self.skip_spikes, measures or skips or clips != ())
+        is_on = measures or skips or clips != ()
+        return Guard(clips, self.skip_nonfinite, self.skip_spikes, is_on, norms)
 
     def _fit_guard(self) -> None:
         """Allocates what the settings need, and frees what they do not."""
         guard = self._guard()
         if guard == self._fitted:
             return
-        tree = guard.fitted(self._structure.unflatten(self._state))
-        self._state, self._structure = jax.tree.flatten(tree)
+        tree = self._structure.unflatten(self._state)
+        tree = guard.fitted(tree.inner if self._fitted.norms else tree)
+        self._state, self._structure = jax.tree.flatten(self._with_norms(tree, guard))
         self._fitted = guard
         vars(self).pop("_cache", None)
+
+    def _with_norms(self, tree: Any, guard: Guard) -> Any:
+        return MeasuredState(tree, Norms.start(self._names, guard.norms)) if guard.norms else tree
+
+    def _norms(self) -> Norms | None:
+        return self._structure.unflatten(self._state).norms if self._fitted.norms else None
 
     def set_live(self, live: frozenset[Any]) -> None:
         """See `Stateful`."""
@@ -242,7 +260,7 @@ class PairOptimizer(Optimizer):
                 raise RuntimeError(
                     "the gradients are not measured; set measure_gradients=True on the optimizer"
                 )
-            return StepReport.of(state)
+            return StepReport.of(state, self._norms())
 
     @property
     def took_step(self) -> Any:
@@ -388,6 +406,8 @@ class PairOptimizer(Optimizer):
             names[place.leaf] = path
         for path, place in catalogue.guard.items():
             names[place.leaf] = f"guard.{path}"
+        for path, place in catalogue.norms.items():
+            names[place.leaf] = f"norms.{path}"
         return names
 
     def _hashables(self) -> tuple[Any, ...]:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from cerebras_jax.engine.trees import as_array, check_grads, leaf_paths
-from cerebras_jax.optim.guarding import Guard
+from cerebras_jax.optim.guarding import Guard, MeasuredState
 from cerebras_jax.optim.makers import How, Maker
 from cerebras_jax.optim.masking import Masking
 from cerebras_jax.optim.numbers import join
 from cerebras_jax.programs import Programs
 from cerebras_jax.transforms.grouped import grouped
 from cerebras_jax.transforms.loss_scale import unscale
+from cerebras_jax.transforms.norms import differences
 from cerebras_jax.types import Array
 
 Wrapper = Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -135,7 +136,15 @@ def _take_step(
     """
     check_grads(inputs.grads, params, lambda: plan.names)
     step = _step_within_wrappers if plan.around else _plain_step
-    new_params, new_state = step(plan, plan.state.unflatten(state), params, inputs)
+    tree = plan.state.unflatten(state)
+    inner = tree.inner if plan.guard.norms else tree
+    new_params, new_state = step(plan, inner, params, inputs)
+    if plan.guard.norms:
+        # Those that the masks leave, as `guard` sees them.
+        seen = plan.masking.prune(plan.params.unflatten(inputs.grads), inner)
+        grads = unscale(plan.params.flatten_up_to(seen), inputs.loss_scale)
+        norms = tree.norms.of(grads, differences(new_params, params), params)
+        new_state = MeasuredState(new_state, norms)
     leaves, structure = jax.tree.flatten(new_state)
     if structure != plan.state:
         raise ValueError(

@@ -92,7 +92,8 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self.state_dtype = state_dtype
         self.rounding: Rounding = rounding
         self._live_keys = self.maker.live(arguments)
-        self.skip_nonfinite, self.skip_spikes, self.measure_gradients = False, None, False
+        self.skip_nonfinite, self.skip_spikes = False, None
+        self.measure_gradients = self.measure_norms = False
         self._structure, self._same, self._groups = None, None, ()
         self._checked, self._keys = [], []
         counts = self.counts_steps if enable_global_step is None else enable_global_step
@@ -108,7 +109,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         plan = self._plan(statics, (), self._fitted, None)
         tx = transformation(plan, values, [getattr(self, name) for name in self._fitted.clips])
         state = tx.init(plan.params.unflatten(self._values()))
-        self._state, self._structure = jax.tree.flatten(state)
+        self._state, self._structure = jax.tree.flatten(self._with_norms(state, self._fitted))
         vars(self).pop("_cache", None)
         self._catalogue()
 
