@@ -29,7 +29,8 @@ def check(norms, gradients, old, new):
     chex.assert_trees_all_close(dict(norms.updates), norms_of(updates), rtol=1e-5)
     chex.assert_trees_all_close(dict(norms.parameters), norms_of(old), rtol=1e-6)
     for named in norms:
-        assert named["a"].dtype == jnp.float32 and list(named) == ["a", "b"]
+        assert named["a"].dtype == jnp.float32
+        assert list(named) == ["a", "b"]
 
 
 def step(opt, grads):
@@ -57,7 +58,8 @@ def test_a_step_not_taken_shows_its_gradients_and_no_update(transformed):
     run = transformed(step)
     run(opt, GRADS)
     norms = run(opt, BAD).norms
-    assert np.isnan(norms.gradients["a"]) and float(norms.gradients["b"]) == 5.0
+    assert np.isnan(norms.gradients["a"])
+    assert float(norms.gradients["b"]) == 5.0
     chex.assert_trees_all_equal(dict(norms.updates), {"a": 0.0, "b": 0.0})
 
 
@@ -67,7 +69,8 @@ def test_a_missing_gradient_has_the_norm_zero(transformed):
     opt.measure_norms = True
     norms = transformed(step)(opt, {**GRADS, "a": None}).norms
     assert float(norms.gradients["a"]) == float(norms.updates["a"]) == 0.0
-    assert float(norms.parameters["a"]) > 0 and float(norms.updates["b"]) > 0
+    assert float(norms.parameters["a"]) > 0
+    assert float(norms.updates["b"]) > 0
 
 
 @pytest.mark.parametrize("entry", OPTIMIZERS[1::6], ids=repr)
@@ -88,7 +91,8 @@ def test_only_what_is_asked_for():
     opt.step(GRADS)
     norms = opt.report.norms
     assert float(norms.gradients["b"]) == 5.0
-    assert norms.updates is None and norms.parameters is None
+    assert norms.updates is None
+    assert norms.parameters is None
     opt.measure_norms = False
     with pytest.raises(RuntimeError, match="not measured"):
         _ = opt.report
@@ -200,7 +204,8 @@ def test_the_pure_form(transformed):
         check(state.norms, grads, params, new)
         params = new
     updates, state = update(BAD, state, params)
-    assert float(state.norms.updates["a"]) == 0.0 and float(state.norms.gradients["b"]) == 5.0
+    assert float(state.norms.updates["a"]) == 0.0
+    assert float(state.norms.gradients["b"]) == 5.0
     _, state = update({**GRADS, "a": None}, state, params)
     assert float(state.norms.gradients["a"]) == 0.0
     scaled = jax.tree.map(lambda x: x * 8, GRADS)
