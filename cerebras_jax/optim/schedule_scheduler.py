@@ -97,14 +97,15 @@ class ScheduleScheduler(Scheduler, Generic[P]):
         """What to say of a learning rate that looks like a factor, or like a number of steps.
 
         torch's schedulers take factors of the optimizer's own value, so its calls mean something
-        else here. No published configuration comes near to 1.
+        else here. No published configuration comes near to 1; an optimizer's value of 0
+        is none.
         """
         if self.key not in LEARNING_RATES or not isinstance(self.schedule, Schedule):
             return None
         peak = max((v for _, v in self.schedule.probes() if not is_traced(v)), default=0.0)
         before = [g[self.key] for g in self.groups()]
         known = [float(x) for x in before if not (callable(x) or is_traced(x))]
-        if len(known) < len(before) or peak < max(1.0, _FAR * max(known)):
+        if len(known) < len(before) or not max(known) or peak < max(1.0, _FAR * max(known)):
             return None
         return (
             f"{type(self).__name__} writes {self.key} up to {float(peak):g}, the optimizer had "
