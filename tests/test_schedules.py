@@ -13,6 +13,7 @@ from golden_cases import SCHEDULES
 import cerebras_jax as cjax
 from cerebras_jax import optim, schedules
 from cerebras_jax.optim import lr_scheduler as lrs
+from cerebras_jax.optim import weight_decay_scheduler
 
 AVAILABLE = [
     c
@@ -599,11 +600,11 @@ def test_learning_rates_far_above_the_optimizers_are_told(make):
         (0.2, lambda opt: lrs.LinearLR(opt, 0.0, 1.0, 5)),  # five times
         (1e-3, lambda opt: lrs.LinearLR(opt, 0.1, 0.0, 5)),  # 0.1 may be meant
         (1.0, lambda opt: lrs.ConstantLR(opt, 1.0)),
-        (1e-3, lambda opt: wds.LinearWD(opt, 0.0, 5.0, 5)),
+        (1e-3, lambda opt: weight_decay_scheduler.LinearWD(opt, 0.0, 5.0, 5)),
         (  # factors
             1e-3,
             lambda opt: lrs.ChainedScheduler(
-                [lrs.ConstantLR(opt, 1e-3), lrs.LinearLR(opt, 0.0, 1.0, 5)]
+                [lrs.ConstantLR(opt, 1e-3), lrs.LinearLR(opt, 1.0, 2.0, 5)]
             ),
         ),
     ],

@@ -305,8 +305,8 @@ class Optimizer(Owner, ABC):
 
         Parameters are matched by name where the dict has ``param_names`` that are all ours,
         else by position, with a warning where that leaves a choice. Arrays may be JAX, NumPy or
-        torch tensors; they are copied, in the dtype of the state that they replace. A key that a group lacks takes the optimizer's
-        default; bounds of the gradients that the dict lacks stay.
+        torch tensors; they are copied, in the dtype of the state that they replace. A key that a
+        group lacks takes the optimizer's default; bounds of the gradients that the dict lacks stay.
 
         Args:
           state_dict: what `state_dict` returned, here or in torch.

@@ -109,7 +109,8 @@ class ScheduleScheduler(Scheduler, Generic[P]):
             return None
         return (
             f"{type(self).__name__} writes {self.key} up to {float(peak):g}, the optimizer had "
-            f"{max(known):g}; its arguments are values, not torch's factors of that: {self.schedule}"
+            f"{max(known):g}; its arguments are values, not torch's factors of that: "
+            f"{self.schedule}"
         )
 
     def _fields(self) -> dict[str, Any]:
