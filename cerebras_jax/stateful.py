@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,6 +23,27 @@ OUTSIDE = (
     "{name} from outside was changed in a traced function; make {name} an argument of a function "
     "decorated with cerebras_jax.trace"
 )
+
+
+DROPPED = (
+    "a copy of the {name} was stepped in a function that JAX transforms, and nothing was made of "
+    "it: jax.jit gives a function copies of its arguments; return it (opt = step(opt, batch)), or "
+    "use cerebras_jax.trace, which updates its arguments in place"
+)
+
+
+class Fate:
+    """What became of a copy that a transformation of JAX made; says so if a change was lost.
+
+    Attributes:
+      lost: what to warn of when the copy goes; None: nothing was changed, or it was taken.
+    """
+
+    lost: str | None = None
+
+    def __del__(self) -> None:
+        if self.lost is not None:
+            warnings.warn(self.lost, stacklevel=2)
 
 
 class Parts(NamedTuple):
@@ -61,7 +83,7 @@ class Stateful:
     Array(2., dtype=float32)
     """
 
-    transient: ClassVar[tuple[str, ...]] = ("_lock",)
+    transient: ClassVar[tuple[str, ...]] = ("_lock", "_fate")
     """Attributes that are neither state nor static: caches, which copies do without."""
 
     special: ClassVar[frozenset[str]] = frozenset()
@@ -124,6 +146,16 @@ class Stateful:
 
     def take_hints(self, hints: Any) -> None:
         """Hook: takes over the hints as they are after a traced step."""
+
+    def note_change(self, message: str) -> None:
+        """Says that it was changed; it warns if it is such a copy, and nothing is made of it."""
+        if fate := vars(self).get("_fate"):
+            fate.lost = message
+
+    def note_use(self) -> None:
+        """Says that what it is now is made use of."""
+        if fate := vars(self).get("_fate"):
+            fate.lost = None
 
     def _attributes(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in self.transient}
@@ -358,6 +390,7 @@ class _Aux:
 
 def _flatten(obj: Stateful) -> tuple[tuple, _Aux]:
     with obj.lock:
+        obj.note_use()
         arrays, numbers, static, refs = obj.parts()
         graphdef, modules = nnx.split([r for r in refs if is_nnx(r)])
         others = [r for r in refs if not is_nnx(r)]
@@ -388,4 +421,6 @@ def _unflatten(aux: _Aux, children: tuple) -> Any:
     constants = len(twin.constants())
     twin.restore(list(arrays), numbers[: len(numbers) - constants], refs)
     twin.set_constants(numbers[len(numbers) - constants :])
+    if "_fate" in twin.transient:
+        twin._fate = Fate()
     return twin

@@ -27,7 +27,14 @@ from cerebras_jax.engine.leaf import (
     leaf_steps,
 )
 from cerebras_jax.engine.rule import Rule
-from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
+from cerebras_jax.engine.trees import (
+    align,
+    as_array,
+    beside,
+    check_grads,
+    check_params,
+    leaf_paths,
+)
 from cerebras_jax.types import Array, Params
 
 P = ParamSpec("P")
@@ -190,7 +197,7 @@ def lift(
         kind = type(rows[0] if rows else _scalar_state(rule))
         check_state_dtype(kind._fields, state_dtype)
         shape = (len(leaves),) if per_leaf_clocks else ()
-        return RuleState(
+        state = RuleState(
             count=jnp.zeros(shape, jnp.int32),
             clock=jax.tree.map(lambda x: jnp.full(shape, hypers.as_number(x)), rule.clock),
             states=_columns(kind, treedef, rows) if rows else _no_rows(rule, treedef),
@@ -200,6 +207,7 @@ def lift(
             if keeps_bits
             else None,
         )
+        return beside(state, params)
 
     def update(
         grads: Any, state: RuleState, params: Params = None, **overrides: Any

@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cerebras_jax.checks import is_traced
 
 Names = Callable[[], Sequence[str]]
 """The paths of the leaves, worked out only if an error needs them."""
@@ -41,6 +44,32 @@ def as_array(p: Any) -> Any:
         return jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding)
     dtype = getattr(p, "dtype", None)
     return jnp.asarray(p, None if dtype is None else jax.dtypes.canonicalize_dtype(dtype))
+
+
+def beside(tree: Any, params: Any) -> Any:
+    """A new state where its parameters are, if they are committed to a device or a mesh.
+
+    What a program makes of committed arrays is committed. A counter that was not would be another
+    kind of argument in the second step, and the program would be compiled twice.
+
+    Args:
+      tree: the state; its arrays that are committed already stay.
+      params: a tree of parameters, or a list of them.
+    """
+    arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array) and not is_traced(x)]
+    home = next((x.sharding for x in arrays if x.committed), None)
+    if home is None:
+        return tree
+    if isinstance(home, NamedSharding):
+        home = NamedSharding(home.mesh, PartitionSpec())
+    elif len(home.device_set) > 1:
+        return tree
+
+    def place(x: Any) -> Any:
+        is_free = isinstance(x, jax.Array) and not is_traced(x) and not x.committed
+        return jax.device_put(x, home) if is_free else x
+
+    return jax.tree.map(place, tree)
 
 
 def is_complex(x: Any) -> bool:

@@ -291,7 +291,9 @@ def _load_one(key: str, name: str, value: Any, like: Any) -> Any:
 def _placed(array: Any, like: jax.Array) -> jax.Array:
     """A copy in the dtype and the sharding of ours; no device gets more than its part."""
     if isinstance(array, jax.Array) or len(like.sharding.device_set) == 1:
-        return jax.device_put(jnp.array(array, like.dtype, copy=True), like.sharding)
+        new = jnp.array(array, like.dtype, copy=True)
+        # One that was free to move stays so, or a step would be compiled once more.
+        return jax.device_put(new, like.sharding) if like.committed or new.committed else new
     host = array.astype(like.dtype)
     return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
 

@@ -291,7 +291,7 @@ def _with_rows(vector: Array, values: Mapping[int, Any]) -> Array:
     host = np.array(vector)
     for row, value in values.items():
         host[row] = _as_entry(np.asarray(value), host.dtype)
-    return jnp.asarray(host)
+    return jax.device_put(host, vector.sharding) if vector.committed else jnp.asarray(host)
 
 
 def _as_entry(value: Any, dtype: Any) -> Any:

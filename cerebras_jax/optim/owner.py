@@ -31,7 +31,7 @@ class Owner(Stateful):
       donate: see `cerebras_jax.donation`.
     """
 
-    transient: ClassVar[tuple[str, ...]] = ("_lock", "_index", "_donor")
+    transient: ClassVar[tuple[str, ...]] = (*Stateful.transient, "_index", "_donor")
     special: ClassVar[frozenset[str]] = frozenset(
         {"param_groups", "_sources", "_trees", "_frozen", "_names", "_live"}
         | {"_was_stepped", "_was_scheduled"}
@@ -93,10 +93,21 @@ class Owner(Stateful):
         A step reuses the buffers of the old values, except of those that somebody still holds:
         they are copied first. So ``grad(opt.params)`` costs nothing, and a tree that is kept
         stays valid.
+
+        It is a new tree each time: ``opt.params["w"] = x`` changes that tree, not the optimizer,
+        which ``opt.set_parameter("w", x)`` does.
         """
         with self.lock:
+            self.note_use()
             trees = [s.tree(v) for s, v in zip(self._sources, self._leaves(), strict=True)]
         return trees[0] if self._is_one_tree() else trees
+
+    @params.setter
+    def params(self, value: Any) -> None:
+        raise AttributeError(
+            f"params of {type(self).__name__} cannot be set; set_parameter(name, value) replaces "
+            "one of them"
+        )
 
     @property
     def copied(self) -> int:
@@ -119,6 +130,7 @@ class Owner(Stateful):
     def named_parameters(self) -> list[tuple[str, Array]]:
         """Dotted names and current values of all parameters."""
         with self.lock:
+            self.note_use()
             return list(zip(self._names, self._values(), strict=True))
 
     def set_parameter(self, name: str, value: Array) -> None:

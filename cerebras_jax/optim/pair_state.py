@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from cerebras_jax.checks import is_number
 from cerebras_jax.engine import rounding
 from cerebras_jax.engine.hyper import normalize, saturating_increment
+from cerebras_jax.engine.trees import beside
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_known, load_shared
 from cerebras_jax.optim import clocks, entries, numbers
@@ -158,6 +159,7 @@ class PairOptimizer(Optimizer):
     def state(self) -> Mapping[str, Mapping[str, Any]]:
         """A read-only view: per parameter name, the states by name. See `visit_state`."""
         with self.lock:
+            self.note_use()
             self._regroup()
             return StateView(self._state, self._catalogue(), self._hidden())
 
@@ -228,7 +230,8 @@ class PairOptimizer(Optimizer):
             return
         tree = self._structure.unflatten(self._state)
         tree = guard.fitted(tree.inner if self._fitted.norms else tree)
-        self._state, self._structure = jax.tree.flatten(self._with_norms(tree, guard))
+        tree = beside(self._with_norms(tree, guard), self._values())
+        self._state, self._structure = jax.tree.flatten(tree)
         self._fitted = guard
         vars(self).pop("_cache", None)
 
@@ -255,6 +258,7 @@ class PairOptimizer(Optimizer):
             ``measure_gradients``.
         """
         with self.lock:
+            self.note_use()
             state = self._watch()
             if state is None:
                 raise RuntimeError(

@@ -13,7 +13,7 @@ from cerebras_jax.donation import Donate
 from cerebras_jax.engine.hyper import bind, needs_other_buffers, normalize
 from cerebras_jax.engine.leaf import Rounding, StateDtype
 from cerebras_jax.engine.lift import check_buffers
-from cerebras_jax.engine.trees import check_grads
+from cerebras_jax.engine.trees import beside, check_grads
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import check_keys
 from cerebras_jax.optim import clocks
@@ -26,7 +26,7 @@ from cerebras_jax.optim.signatures import doc_of, signature_of
 from cerebras_jax.optim.sources import is_closure
 from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.signals import deferred_signals
-from cerebras_jax.stateful import OUTSIDE
+from cerebras_jax.stateful import DROPPED, OUTSIDE
 from cerebras_jax.transforms.accumulate import Accumulation
 from cerebras_jax.transforms.loss_scale import GradScaler
 
@@ -109,7 +109,8 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         plan = self._plan(statics, (), self._fitted, None)
         tx = transformation(plan, values, [getattr(self, name) for name in self._fitted.clips])
         state = tx.init(plan.params.unflatten(self._values()))
-        self._state, self._structure = jax.tree.flatten(self._with_norms(state, self._fitted))
+        state = beside(self._with_norms(state, self._fitted), self._values())
+        self._state, self._structure = jax.tree.flatten(state)
         vars(self).pop("_cache", None)
         self._catalogue()
 
@@ -209,6 +210,8 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         if absent:
             missed = {self._names[i] for i in absent}
             self._same = clocks.parted(self._same or (), self._members(), missed)
+        if was_traced:
+            self.note_change(DROPPED.format(name=type(self).__name__))
 
     def _guard_with(
         self, scaler: GradScaler, bounds: dict[str, Any]

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cerebras_jax.engine.trees import beside
 from cerebras_jax.formats.state_dict import checked_layout, with_names
 from cerebras_jax.messages import shown
 from cerebras_jax.optim import entries
@@ -57,9 +58,8 @@ class SparseOptimizer(PairOptimizer):
             self._regroup()
             params = self._treedef().unflatten(self._values())
             state = self._structure.unflatten(self._state)
-            self._state, self._structure = jax.tree.flatten(
-                self._masking(chosen).fitted(state, params)
-            )
+            state = beside(self._masking(chosen).fitted(state, params), params)
+            self._state, self._structure = jax.tree.flatten(state)
             self._sparsity = chosen
             vars(self).pop("_cache", None)
             self._prune()

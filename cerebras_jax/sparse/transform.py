@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.hyper import saturating_increment
 from cerebras_jax.engine.rounding import path_number
-from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
+from cerebras_jax.engine.trees import align, as_array, beside, check_grads, check_params, leaf_paths
 from cerebras_jax.sparse import order
 from cerebras_jax.sparse.algorithms import Algorithm, Dynamic
 from cerebras_jax.sparse.masking import SparseState, mask_states, select
@@ -71,7 +71,7 @@ def sparsify(
         members = _members(chosen, names, params)
         masks = treedef.unflatten(map(_first_mask, members, map(as_array, leaves)))
         inner = mask_states(tx.init(params), masks, params, states)
-        return SparseState(jnp.zeros((), jnp.int32), masks, inner)
+        return beside(SparseState(jnp.zeros((), jnp.int32), masks, inner), params)
 
     def update(
         updates: Any, state: Any, params: Params = None, **extra: Any

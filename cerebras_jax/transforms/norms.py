@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cerebras_jax.engine.trees import align, leaf_paths
+from cerebras_jax.engine.trees import align, beside, leaf_paths
 from cerebras_jax.transforms.clipping import global_norm
 from cerebras_jax.transforms.loss_scale import unscale
 from cerebras_jax.types import Array
@@ -147,7 +147,8 @@ def measure_norms(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> NormsState:
-        return NormsState(inner.init(params), Norms.start(leaf_paths(params), kinds))
+        norms = Norms.start(leaf_paths(params), kinds)
+        return beside(NormsState(inner.init(params), norms), params)
 
     def update(
         grads: Any, state: NormsState, params: Any = None, **extra: Any
