@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.hyper import saturating_increment
+from cerebras_jax.engine.placement import beside, home_of
 from cerebras_jax.engine.rounding import path_number
 from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
 from cerebras_jax.sparse import order
@@ -71,7 +72,8 @@ def sparsify(
         members = _members(chosen, names, params)
         masks = treedef.unflatten(map(_first_mask, members, map(as_array, leaves)))
         inner = mask_states(tx.init(params), masks, params, states)
-        return SparseState(jnp.zeros((), jnp.int32), masks, inner)
+        state = SparseState(jnp.zeros((), jnp.int32), masks, inner)
+        return beside(state, home_of(leaves))
 
     def update(
         updates: Any, state: Any, params: Params = None, **extra: Any
