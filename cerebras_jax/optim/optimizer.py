@@ -317,14 +317,14 @@ class Optimizer(Owner, ABC):
         torch tensors; they are copied, in the dtype of the state that they replace. A key that a
         group lacks takes the optimizer's default; bounds of the gradients that the dict lacks stay.
 
+        A dict that says which algorithm wrote it, as ours do under ``"optimizer"``, is refused by
+        others, also by those whose states have the same names: to AdamW, the decay of Adam means
+        something else. One without that entry, such as torch's, is taken if its states fit.
+
         Args:
           state_dict: what `state_dict` returned, here or in torch.
           param_names: our names in the order in which the dict has its parameters, group after
             group, such as ``[name for name, _ in model.named_parameters()]`` in torch.
-
-        A dict that says which algorithm wrote it, as ours do under ``"optimizer"``, is refused by
-        others, also by those whose states have the same names: to AdamW, the decay of Adam means
-        something else. One without that entry, such as torch's, is taken if its states fit.
 
         Raises:
           ValueError: says who wrote it, or names what is missing, unexpected, of another shape,
