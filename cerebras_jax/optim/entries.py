@@ -337,7 +337,8 @@ def _with_rows(vector: Array, values: Mapping[int, Any]) -> Array:
     host = np.array(vector)
     for row, value in values.items():
         host[row] = _as_entry(np.asarray(value), host.dtype)
-    return jax.device_put(host, vector.sharding) if vector.committed else jnp.asarray(host)
+    is_placed = isinstance(vector, jax.Array) and vector.committed
+    return jax.device_put(host, vector.sharding) if is_placed else jnp.asarray(host)
 
 
 def _as_entry(value: Any, dtype: Any) -> Any:

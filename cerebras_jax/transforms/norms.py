@@ -51,7 +51,7 @@ class NamedNorms(Mapping[str, Array]):
         return f"NamedNorms({self.values_vector}, {list(self.names)})"
 
     __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
     def tree_flatten(self) -> tuple[tuple[Array], tuple[str, ...]]:
         """For JAX: the vector, and the names."""
