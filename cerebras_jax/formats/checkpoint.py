@@ -51,7 +51,8 @@ def write(path: str | Path, run: Run, names: Names | None = None) -> None:
 
     Args:
       path: a folder that does not exist yet.
-      run: its ``rule`` says which optimizer it belongs to; of torch's Adam and AdamW, the groups do.
+      run: its ``rule`` says which optimizer it belongs to; of torch's Adam and AdamW, the groups
+        do.
       names: see `Run.in_order`; parameters are found by name, so that they are not needed.
 
     Raises:

@@ -54,9 +54,9 @@ def convert(
     """Reads a run from a file or folder and writes it in another format.
 
     What a format alone understands, such as the state of its schedulers, goes along only to its
-    relatives: torch, Hugging Face and safetensors are one family, Cerebras' formats another, our own
-    checkpoints a third. The
-    step goes along everywhere, and sets a new scheduler to where it was.
+    relatives: torch, Hugging Face and safetensors are one family, Cerebras' formats another, our
+    own checkpoints a third. The step goes along everywhere, and sets a new scheduler to where it
+    was.
 
     Args:
       source: what to read; its format is told from its contents.

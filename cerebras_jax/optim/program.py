@@ -72,10 +72,10 @@ def transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """The optax pair that a step applies; its update returns new parameters.
 
-    Outermost first: the masking of gradients, the norms, the guard, the wrappers, the masks, the groups. So
-    wrappers are given no step that is not taken, and their states stay with all others. Where
-    there are wrappers, the guard sees all that they see, and what they hand on is masked and
-    clipped.
+    Outermost first: the masking of gradients, the norms, the guard, the wrappers, the masks, the
+    groups. So wrappers are given no step that is not taken, and their states stay with all others.
+    Where there are wrappers, norms and guard see all that they see, and what they hand on is masked
+    and clipped.
 
     Args:
       plan: what is static.

@@ -44,9 +44,9 @@ def convert_command(source: Path, target: Path, module_order: bool, **options: A
     """Write the run in SOURCE as TARGET, parameters and optimizer states alike.
 
     SOURCE is a torch file, a folder of Hugging Face's Trainer, a Cerebras checkpoint (.mdl), a
-    .safetensors file, or a checkpoint of this package, or the folder of its run, told from its contents; nothing in it is executed. TARGET's
-    ending .cjax, or --to checkpoint, makes one for cerebras_jax.restore. The formats are described
-    in the documentation under "Move a run".
+    .safetensors file, or a checkpoint of this package, or the folder of its run, told from its
+    contents; nothing in it is executed. TARGET's ending .cjax, or --to checkpoint, makes one for
+    cerebras_jax.restore. The formats are described in the documentation under "Move a run".
     """
     with told():
         source_names = _names(options["names"])
