@@ -21,6 +21,10 @@ _RECIPE_KEYS |= set(STEP_KEYS)
 # In sections of the runner, which is not read, these say nothing if they are so.
 _UNREAD = {**_NEUTRAL, **dict.fromkeys(SCALING_KEYS, (None,)), "loss_scaling_factor": (None, 1)}
 _UNREAD |= {"grad_accum_steps": (None, 1), "sparsity": (None,)}
+# How a batch is computed in parts: here it is grad_accum_steps that says so.
+_MICRO_BATCH = {"micro_batch_size": (None, "auto")}
+_FLAGS = {"csx.performance.micro_batch_size": (None, "auto")}
+_WITH_FLAGS = ("GlobalFlags", "ScopedTrainFlags")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,8 @@ def read_sections(config: Mapping[str, Any]) -> Sections:
         _other(config, "model"),
         (
             *_ignored("optimizer.", section),
-            *_ignored("runconfig.", _other(config, "runconfig"), _UNREAD),
+            *_ignored("runconfig.", _other(config, "runconfig"), _UNREAD | _MICRO_BATCH),
+            *_ignored("train_input.", _other(config, "train_input"), _MICRO_BATCH),
         ),
         _sparsity({"sparsity": _beside(config), "optimizer.sparsity": section.get("sparsity")}),
     )
@@ -120,6 +125,7 @@ def _trainer(init: Mapping[str, Any], place: str) -> Sections:
         *_ignored(where, arguments),
         *_ignored(f"{place}precision.", precision),
         *_ignored(f"{place}loop.", _other(init, "loop"), _UNREAD),
+        *_ignored_flags(f"{place}callbacks", init.get("callbacks")),
     ]
     learning_rate = arguments.get("learning_rate")
     if learning_rate is not None and not schedulers:
@@ -179,6 +185,13 @@ def _other(section: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A subsection of which some keys are looked at; empty if it is something else."""
     value = section.get(key)
     return value if isinstance(value, Mapping) else {}
+
+
+def _ignored_flags(place: str, callbacks: Any) -> Iterator[str]:
+    """The flags of a trainer's callbacks that ask for what is not acted on."""
+    for i, entry in enumerate(callbacks if isinstance(callbacks, list | tuple) else ()):
+        for name in _WITH_FLAGS if isinstance(entry, Mapping) else ():
+            yield from _ignored(f"{place}[{i}].{name}.", _other(entry, name), _FLAGS)
 
 
 def _ignored(

@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import itertools
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Sharding
 
 from cerebras_jax.checks import is_traced
 
@@ -24,6 +25,27 @@ OUTSIDE = (
     "{name} from outside was changed in a traced function; make {name} an argument of a function "
     "decorated with cerebras_jax.trace"
 )
+
+
+DROPPED = (
+    "a copy of the {name} was stepped in a function that JAX transforms, and nothing was made of "
+    "it: jax.jit gives a function copies of its arguments; return it (opt = step(opt, batch)), or "
+    "use cerebras_jax.trace, which updates its arguments in place"
+)
+
+
+class Fate:
+    """What became of a copy that a transformation of JAX made; says so if a change was lost.
+
+    Attributes:
+      lost: what to warn of when the copy goes; None: nothing was changed, or it was taken.
+    """
+
+    lost: str | None = None
+
+    def __del__(self) -> None:
+        if self.lost is not None:
+            warnings.warn(self.lost, stacklevel=2)
 
 
 class Parts(NamedTuple):
@@ -63,7 +85,7 @@ class Stateful:
     Array(2., dtype=float32)
     """
 
-    transient: ClassVar[tuple[str, ...]] = ("_lock",)
+    transient: ClassVar[tuple[str, ...]] = ("_lock", "_fate")
     """Attributes that are neither state nor static: caches, which copies do without."""
 
     special: ClassVar[frozenset[str]] = frozenset()
@@ -103,10 +125,10 @@ class Stateful:
     def check(self) -> None:
         """Hook: called before a traced step; refuses values that were edited to nonsense."""
 
-    def as_arguments(self, numbers: list[Any], mesh: Mesh | None = None) -> list[Any]:
+    def as_arguments(self, numbers: list[Any], home: Sharding | None = None) -> list[Any]:
         """Hook: the numbers as arguments of a program, of one type whatever their values.
 
-        With a mesh, they lie on all of its devices, where a step leaves them.
+        They lie where a step leaves them, if that is given; see `home_of`.
         """
         return numbers
 
@@ -129,6 +151,16 @@ class Stateful:
 
     def take_hints(self, hints: Any) -> None:
         """Hook: takes over the hints as they are after a traced step."""
+
+    def note_change(self, message: str) -> None:
+        """Says that it was changed; it warns if it is such a copy, and nothing is made of it."""
+        if fate := vars(self).get("_fate"):
+            fate.lost = message
+
+    def note_use(self) -> None:
+        """Says that what it is now is made use of."""
+        if fate := vars(self).get("_fate"):
+            fate.lost = None
 
     def _attributes(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in self.transient}
@@ -381,6 +413,7 @@ class _Aux:
 
 def _flatten(obj: Stateful) -> tuple[tuple, _Aux]:
     with obj.lock:
+        obj.note_use()
         arrays, numbers, static, refs = obj.parts()
         graphdef, modules = nnx.split([r for r in refs if is_nnx(r)])
         others = [r for r in refs if not is_nnx(r)]
@@ -411,4 +444,6 @@ def _unflatten(aux: _Aux, children: tuple) -> Any:
     constants = len(twin.constants())
     twin.restore(list(arrays), numbers[: len(numbers) - constants], refs)
     twin.set_constants(numbers[len(numbers) - constants :])
+    if "_fate" in twin.transient:
+        twin._fate = Fate()
     return twin

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jax.sharding import Mesh
+from jax.sharding import Sharding
 
 from cerebras_jax.checks import any_traced, is_number, is_traced
 from cerebras_jax.donation import Donate, Donor
-from cerebras_jax.engine.placement import Placement, Placements, beside, mesh_of
+from cerebras_jax.engine.placement import Placement, Placements, beside, home_of
 from cerebras_jax.programs import Programs
 from cerebras_jax.signals import deferred_signals
 from cerebras_jax.stateful import OUTSIDE, Memento, Stateful, is_nnx, is_reference, locked
@@ -151,9 +151,9 @@ class _Call:
         self.given = [p.numbers for p in parts]
         self.hints = [obj.hints() for obj in self.objects]
         self.graphdef, self.module_state = nnx.split(tuple(self.modules))
-        mesh, placement = self._settle(placements)
+        home, placement = self._settle(placements)
         given = zip(self.objects, self.given, strict=True)
-        self.numbers = [obj.as_arguments(numbers, mesh) for obj, numbers in given]
+        self.numbers = [obj.as_arguments(numbers, home) for obj, numbers in given]
         self.key = _Key(
             self.treedef,
             self.slots,
@@ -164,13 +164,11 @@ class _Call:
             placement=placement,
         )
 
-    def _settle(self, placements: Placements) -> tuple[Mesh | None, Placement]:
-        """The mesh, and where the arrays lie and stay; what lay nowhere lies beside the others."""
-        if jax.device_count() == 1:
-            return None, None
-        mesh = mesh_of(jax.tree.leaves((self.arrays, self.module_state)))
-        self.arrays, self.module_state = beside((self.arrays, self.module_state), mesh)
-        return mesh, placements.of(jax.tree.leaves((self.arrays, self.module_state)))
+    def _settle(self, placements: Placements) -> tuple[Sharding | None, Placement]:
+        """Where numbers lie, and where the arrays stay; what lay nowhere lies beside the others."""
+        home = home_of((self.arrays, self.module_state))
+        self.arrays, self.module_state = beside((self.arrays, self.module_state), home)
+        return home, placements.of(jax.tree.leaves((self.arrays, self.module_state)))
 
     def donated(self, donor: Donor) -> tuple[list[list[Any]], Any]:
         """The arrays, of which nobody else holds one."""

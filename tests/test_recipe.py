@@ -666,3 +666,23 @@ def test_spikes_and_accumulation_of_a_recipe():
 def test_wrong_keys_of_the_step(keys, message):
     with pytest.raises((TypeError, ValueError), match=message):
         step_recipe(**keys)
+
+
+def test_sizes_of_micro_batches_are_named():
+    """grad_accum_steps says in how many parts; a size says it only together with the batch."""
+    arguments = {"SGD": {"learning_rate": 0.1}}
+    flags = {"csx.performance.micro_batch_size": 32, "csx.performance.transfer_processes": 2}
+    for name in ("GlobalFlags", "ScopedTrainFlags"):
+        init = {"optimizer": arguments, "callbacks": ["a", {"Other": {}}, {name: flags}]}
+        with pytest.warns(UserWarning, match="not acted on"):
+            recipe = cjax.load_recipe({"trainer": {"init": init}})
+        (told,) = recipe.warnings
+        assert f"trainer.init.callbacks[2].{name}.csx.performance.micro_batch_size=32" in told
+    section = {"optimizer_type": "SGD", "learning_rate": 0.1}
+    with pytest.warns(UserWarning, match="not acted on: train_input.micro_batch_size=16"):
+        cjax.load_recipe({"optimizer": section, "train_input": {"micro_batch_size": 16}})
+    quiet = {
+        "optimizer": arguments,
+        "callbacks": [{"GlobalFlags": {**flags, next(iter(flags)): "auto"}}],
+    }
+    assert cjax.load_recipe({"trainer": {"init": quiet}}).warnings == ()

@@ -13,6 +13,7 @@ from golden_cases import SCHEDULES
 import cerebras_jax as cjax
 from cerebras_jax import optim, schedules
 from cerebras_jax.optim import lr_scheduler as lrs
+from cerebras_jax.optim import weight_decay_scheduler
 
 AVAILABLE = [
     c
@@ -569,3 +570,48 @@ def test_where_optax_agrees(ours, theirs):
     expected = eval(theirs, vars(optax))
     t = jnp.arange(30)
     np.testing.assert_allclose(ours(t), jax.vmap(expected)(t), rtol=1e-5, atol=1e-8)
+
+
+# --- torch's calls, which mean something else here -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda opt: lrs.OneCycleLR(opt, 0.1, 100),
+        lambda opt: lrs.LinearLR(opt, 0.1, 1.0, 5),
+        lambda opt: lrs.StepLR(opt, 30, 0.1, 0.5),
+        lambda opt: lrs.CosineAnnealingLR(opt, 100, 10),
+    ],
+    ids=["one_cycle", "linear", "step", "cosine"],
+)
+def test_learning_rates_far_above_the_optimizers_are_told(make):
+    opt = optim.SGD({"w": jnp.ones(2)}, lr=0.1)
+    sched = make(opt)
+    opt.step({"w": jnp.ones(2)})
+    with pytest.warns(UserWarning, match=r"writes lr up to .*, the optimizer had 0.1; .* values"):
+        sched.step()
+    sched.step()  # once
+
+
+@pytest.mark.parametrize(
+    ("lr", "make"),
+    [
+        (0.2, lambda opt: lrs.LinearLR(opt, 0.0, 1.0, 5)),  # five times
+        (1e-3, lambda opt: lrs.LinearLR(opt, 0.1, 0.0, 5)),  # 0.1 may be meant
+        (1.0, lambda opt: lrs.ConstantLR(opt, 1.0)),
+        (1e-3, lambda opt: weight_decay_scheduler.LinearWD(opt, 0.0, 5.0, 5)),
+        (  # factors
+            1e-3,
+            lambda opt: lrs.ChainedScheduler(
+                [lrs.ConstantLR(opt, 1e-3), lrs.LinearLR(opt, 1.0, 2.0, 5)]
+            ),
+        ),
+    ],
+    ids=["near", "small", "equal", "decay", "chained"],
+)
+def test_other_learning_rates_are_not_told(lr, make):
+    opt = optim.SGD({"w": jnp.ones(2)}, lr=lr)
+    sched = make(opt)
+    opt.step({"w": jnp.ones(2)})
+    sched.step()

@@ -256,6 +256,44 @@ def test_by_position_where_names_differ():
     np.testing.assert_allclose(opt.state["kernel"]["exp_avg"], 0.1, rtol=1e-6)
 
 
+def test_an_order_that_may_be_another_is_told():
+    """torch's order is that of definition, a dict's that of its keys."""
+    tensors = {n: torch.ones(2, requires_grad=True) for n in ("query", "key", "value")}
+    theirs = torch.optim.SGD(tensors.values(), lr=0.1, momentum=0.9)
+    for i, tensor in enumerate(tensors.values()):
+        tensor.grad = torch.full((2,), i + 1.0)
+    theirs.step()
+    params = {name: jnp.ones(2) for name in tensors}
+    opt = optim.SGD(params, lr=0.1, momentum=0.9)
+    with pytest.warns(UserWarning, match=r"\['key', 'query', 'value'\] have the same shapes"):
+        opt.load_state_dict(theirs.state_dict())
+    opt.load_state_dict(theirs.state_dict(), param_names=list(tensors))
+    found = {name: float(entry["momentum_buffer"][0]) for name, entry in opt.state.items()}
+    assert found == {"query": 1.0, "key": 2.0, "value": 3.0}
+    with pytest.raises(ValueError, match="param_names must be"):
+        opt.load_state_dict(theirs.state_dict(), param_names=["query"])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        [jnp.ones(2), jnp.ones(2)],
+        {"layers": [{"w": jnp.ones(2), "b": jnp.ones(1)} for _ in range(12)]},
+        {"weight": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    ],
+    ids=["list", "layers", "shapes"],
+)
+def test_an_order_that_is_known_is_not_told(params):
+    opt = optim.Adam(params, lr=0.1)
+    saved = opt.state_dict()
+    del saved["param_groups"][0]["param_names"]
+    opt.load_state_dict(saved)
+    plain = optim.SGD({"a": jnp.ones(2), "b": jnp.ones(2)}, lr=0.1)  # without states
+    saved = plain.state_dict()
+    del saved["param_groups"][0]["param_names"]
+    plain.load_state_dict(saved)
+
+
 def test_states_go_back_in_torchs_order():
     """A Linear has weight before bias; a dict of its parameters is sorted the other way."""
     net = torch.nn.Linear(4, 4)

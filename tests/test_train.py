@@ -501,3 +501,23 @@ def test_a_run_that_skips_scales_and_accumulates(tmp_path, text, monkeypatch):
     assert records[3]["lr"] == records[4]["lr"]  # the schedule waits
     assert records[0]["loss_scale"] == 2.0**15
     assert records[4]["loss_scale"] == 2.0**14
+
+
+def test_a_batch_in_parts_is_the_same_step(tmp_path, text):
+    losses = []
+    for i, parts in enumerate(("1", "2")):
+        (tmp_path / str(i)).mkdir()
+        options = ("--data", str(text), "--steps", "2", "--grad-accum-steps", parts)
+        result, out = invoke(tmp_path / str(i), CONFIG, *options)
+        assert result.exit_code == 0, result.output
+        assert yaml.safe_load((out / "config.yaml").read_text())["train"][
+            "grad_accum_steps"
+        ] == int(parts)
+        losses.append([r["loss"] for r in read_metrics(out) if "loss" in r])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_a_batch_that_cannot_be_parted_is_refused(tmp_path, text):
+    result, _ = invoke(tmp_path, CONFIG, "--data", str(text), "--grad-accum-steps", "7")
+    assert result.exit_code != 0
+    assert "batch_size must be a multiple of train.grad_accum_steps" in result.output

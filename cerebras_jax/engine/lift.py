@@ -26,7 +26,7 @@ from cerebras_jax.engine.leaf import (
     is_rounded,
     leaf_steps,
 )
-from cerebras_jax.engine.placement import beside, mesh_of
+from cerebras_jax.engine.placement import beside, home_of
 from cerebras_jax.engine.rule import Rule
 from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
 from cerebras_jax.types import Array, Params
@@ -191,11 +191,9 @@ def lift(
         kind = type(rows[0] if rows else _scalar_state(rule))
         check_state_dtype(kind._fields, state_dtype)
         shape = (len(leaves),) if per_leaf_clocks else ()
-        clock = jax.tree.map(lambda x: jnp.full(shape, hypers.as_number(x)), rule.clock)
-        count, clock = beside((jnp.zeros(shape, jnp.int32), clock), mesh_of(leaves))
-        return RuleState(
-            count=count,
-            clock=clock,
+        state = RuleState(
+            count=jnp.zeros(shape, jnp.int32),
+            clock=jax.tree.map(lambda x: jnp.full(shape, hypers.as_number(x)), rule.clock),
             states=_columns(kind, treedef, rows) if rows else _no_rows(rule, treedef),
             low_bits=treedef.unflatten(
                 [jnp.zeros_like(x, jnp.int16) if is_rounded(x) else None for x in arrays]
@@ -203,6 +201,7 @@ def lift(
             if keeps_bits
             else None,
         )
+        return beside(state, home_of(leaves))
 
     def update(
         grads: Any, state: RuleState, params: Params = None, **overrides: Any

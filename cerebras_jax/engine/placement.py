@@ -1,12 +1,13 @@
 """Where arrays lie: beside the parameters, and where they were before a step."""
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from cerebras_jax.checks import is_traced
 
@@ -14,32 +15,45 @@ Placement = tuple[NamedSharding | None, ...] | None
 """For each array where it lies, if that is a mesh of several devices; None: none does."""
 
 
-def mesh_of(arrays: Sequence[Any]) -> Mesh | None:
-    """The mesh that the first of the arrays that has one lies on."""
-    for x in arrays:
-        sharding = None if is_traced(x) else getattr(x, "sharding", None)
-        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-            return sharding.mesh
+def home_of(arrays: Any) -> Sharding | None:
+    """Where what belongs to no array in particular lies: with the first that is committed.
+
+    That is on every device of its mesh, or on its device. None if all are free to move.
+
+    Args:
+      arrays: a tree of them, such as the parameters; tracers and other leaves are passed over.
+    """
+    for x in jax.tree.leaves(arrays):
+        if isinstance(x, jax.Array) and not is_traced(x) and x.committed:
+            if isinstance(x.sharding, NamedSharding):
+                return _everywhere(x.sharding.mesh)
+            if len(x.sharding.device_set) == 1:
+                return x.sharding
     return None
 
 
-def beside(tree: Any, mesh: Mesh | None) -> Any:
-    """The tree, with what lies nowhere in particular on every device of the parameters' mesh.
+@functools.lru_cache(maxsize=64)
+def _everywhere(mesh: Any) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
 
-    Step counts and the like would be moved there by the first step, which would then be another
-    program than the second, and could not be restored beside the parameters.
+
+def beside(tree: Any, home: Sharding | None) -> Any:
+    """The tree, with what lies nowhere in particular where the parameters are; see `home_of`.
+
+    What a program makes of committed arrays is committed. A step count that was not would be
+    another kind of argument in the second step, whose program would be compiled again, and it
+    could not be restored beside the parameters.
     """
-    if mesh is None:
+    if home is None:
         return tree
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: _put(x, everywhere) if _is_adrift(x) else x, tree)
+    return jax.tree.map(lambda x: _put(x, home) if _is_adrift(x) else x, tree)
 
 
-def _put(x: Any, sharding: NamedSharding) -> Any:
-    if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
+def _put(x: Any, home: Sharding) -> Any:
+    if home.is_fully_addressable:
+        return jax.device_put(x, home)
     host = np.asarray(x)  # without a word between the processes, which `device_put` would have
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    return jax.make_array_from_callback(host.shape, home, lambda index: host[index])
 
 
 def _is_adrift(x: Any) -> bool:

@@ -74,7 +74,7 @@ def zeros_without_axis(p: Any, axis: int) -> Array:
         return jnp.zeros_like(p).sum(axis)
     shape = tuple(np.delete(p.shape, axis))
     sharding = getattr(p, "sharding", None)
-    if isinstance(sharding, NamedSharding):
+    if isinstance(sharding, NamedSharding) and p.committed:
         spec = [*sharding.spec, *[None] * (len(p.shape) - len(sharding.spec))]
         del spec[axis]
         return jnp.zeros(shape, p.dtype, device=NamedSharding(sharding.mesh, PartitionSpec(*spec)))

@@ -1,6 +1,7 @@
 """State dicts in torch's layout: made of entries and groups, matched, checked, and read."""
 
 import difflib
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ class Match(NamedTuple):
     groups: list[Group]  # loaded, in our order
     entries: dict[str, Entry]  # loaded state by our parameter name
     has_state: bool
+    by_order: list[list[str]]  # names that the dict does not have, group by group
 
 
 def match_parameters(state_dict: Mapping[str, Any], ours: Sequence[Group]) -> Match:
@@ -71,13 +73,68 @@ def match_parameters(state_dict: Mapping[str, Any], ours: Sequence[Group]) -> Ma
             name: i for i, group in enumerate(loaded) for name in group.get("param_names") or ()
         }
         groups: list[Group] = [_group_for(i, mine, loaded, group_of) for i, mine in enumerate(ours)]
+        by_order = []
     else:
         by_name, groups = _by_position(loaded, ours, their_names), loaded
+        by_order = [] if their_names else [list(group["params"]) for group in ours]
     extra = sorted(set(state) - set(numbers))
     if extra:
         raise ValueError(f"the state dict has state for parameters {extra[:5]} of no group")
     entries = {n: state[k] for n, k in by_name.items() if k in state}
-    return Match(groups, entries, bool(state))
+    return Match(groups, entries, bool(state), by_order)
+
+
+def with_names(state_dict: Any, param_names: Sequence[str] | None) -> Any:
+    """A state dict whose groups have these ``param_names``, group after group.
+
+    Raises:
+      ValueError: if there are more or fewer of them than parameters in the groups.
+    """
+    if param_names is None:
+        return state_dict
+    loaded, _ = checked_layout(state_dict)
+    count, names = sum(len(group["params"]) for group in loaded), iter(param_names)
+    if isinstance(param_names, str) or len(param_names) != count:
+        raise ValueError(f"param_names must be the {count} names of the state dict's parameters")
+    groups = [{**g, "param_names": list(itertools.islice(names, len(g["params"])))} for g in loaded]
+    return {**state_dict, "param_groups": groups}
+
+
+def warn_of_order(groups: Sequence[Sequence[str]], entries: Mapping[str, Entry]) -> None:
+    """Warns if nothing but their order told parameters of a group apart.
+
+    That is so where two have states of the same shapes. Items of a list are in the same order
+    everywhere; of other names ours are sorted, and another program's are as they were defined.
+
+    Args:
+      groups: the names that were matched by their order, group by group.
+      entries: our states by parameter name.
+    """
+    doubtful: list[str] = []
+    for group in groups:
+        alike: dict[Any, list[str]] = {}
+        for name in group:
+            shapes = [(k, np.shape(v)) for k, v in sorted(entries[name].items()) if np.ndim(v)]
+            if shapes:
+                alike.setdefault(tuple(shapes), []).append(name)
+        for names in alike.values():
+            if not all(_is_listed_before(a, b) for a, b in itertools.pairwise(names)):
+                doubtful += names
+    if doubtful:
+        warnings.warn(
+            "the state dict has no names of parameters, so their order told which state is whose, "
+            f"and ours is sorted: {shown(doubtful)} have the same shapes and may have each "
+            "other's states; load_state_dict(..., param_names=[...]) says the state dict's order",
+            stacklevel=4,
+        )
+
+
+def _is_listed_before(a: str, b: str) -> bool:
+    """Whether two names first differ in the index of a list, in its order."""
+    for x, y in zip(a.split("."), b.split("."), strict=False):
+        if x != y:
+            return x.isdecimal() and y.isdecimal() and int(x) < int(y)
+    return False
 
 
 def checked_layout(state_dict: Any) -> tuple[list[Group], dict[int, Entry]]:
@@ -255,7 +312,9 @@ def _load_one(key: str, name: str, value: Any, like: Any) -> Any:
 def _placed(array: Any, like: jax.Array) -> jax.Array:
     """A copy in the dtype and the sharding of ours; no device gets more than its part."""
     if isinstance(array, jax.Array) or len(like.sharding.device_set) == 1:
-        return jax.device_put(jnp.array(array, like.dtype, copy=True), like.sharding)
+        new = jnp.array(array, like.dtype, copy=True)
+        # One that was free to move stays so, or a step would be compiled once more.
+        return jax.device_put(new, like.sharding) if like.committed or new.committed else new
     host = array.astype(like.dtype)
     return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
 

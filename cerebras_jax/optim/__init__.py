@@ -49,4 +49,5 @@ from cerebras_jax.transforms.every import every
 from cerebras_jax.transforms.finite import GuardState, guard, skip_nonfinite, skip_spikes
 from cerebras_jax.transforms.grouped import grouped
 from cerebras_jax.transforms.loss_scale import GradScaler, LossScaling
+from cerebras_jax.transforms.norms import NamedNorms, Norms, NormsState, measure_norms
 from cerebras_jax.transforms.spikes import SkipSpikes

@@ -39,11 +39,13 @@ class Catalogue(NamedTuple):
       of: per parameter name, the places of its states by key; its step count is ``"step"``.
       shared: places, by path, of what belongs to no parameter: the states of wrappers.
       guard: places of what watches over the steps; see `guarding`.
+      norms: places of the norms of the last step, by kind; nothing continues from them.
     """
 
     of: dict[str, dict[str, Place]]
     shared: dict[str, Place]
     guard: dict[str, Place]
+    norms: dict[str, Place]
 
 
 class NamedState(NamedTuple):
@@ -92,6 +94,12 @@ def catalogue(
         path_name(path): Place(index[id(x)])
         for path, x in jax.tree_util.tree_leaves_with_path(watch.watch(state))
     }
+    measured = watch.norms_of(state)
+    norms = {
+        kind: Place(index[id(x)])
+        for kind, named in ({} if measured is None else measured._asdict()).items()
+        for x in jax.tree.leaves(named)
+    }
     state = watch.guarded(state)
     of: dict[str, dict[str, Place]] = {name: {} for name in names.values()}
     nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_groups) if _is_groups(x)]
@@ -116,7 +124,7 @@ def catalogue(
     shared = {path: place for path, place in places if place.leaf not in known}
     if is_sparse:
         _add_masks(of, shared, state, params, names, index)
-    return Catalogue(of, shared, guard)
+    return Catalogue(of, shared, guard, norms)
 
 
 def _add_masks(
@@ -252,7 +260,7 @@ def named(leaves: Sequence[Array], catalogue: Catalogue) -> NamedState:
                 states[name][key] = is_on(leaves[leaf]) if key == MASK else leaves[leaf]
                 continue
             if leaf not in host:
-                host[leaf] = np.asarray(leaves[leaf])
+                host[leaf] = np.array(leaves[leaf])
             clocks.setdefault(key, {})[name] = host[leaf][row]
     return NamedState(states, clocks, read(leaves, catalogue.shared, host))
 
@@ -284,8 +292,8 @@ def _value(leaves: Sequence[Array], place: Place, host: dict[int, Any]) -> Any:
     leaf = leaves[place.leaf]
     if place.row is None:
         return leaf
-    if place.leaf not in host:  # it will be read element by element
-        host[place.leaf] = leaf if is_traced(leaf) or not is_whole(leaf) else np.asarray(leaf)
+    if place.leaf not in host:  # It will be read element by element. A view would hold its buffer.
+        host[place.leaf] = leaf if is_traced(leaf) or not is_whole(leaf) else np.array(leaf)
     entry = host[place.leaf][place.row]
     return _as_step(entry) if jnp.issubdtype(entry.dtype, jnp.integer) else entry
 
@@ -330,7 +338,8 @@ def _with_rows(vector: Array, values: Mapping[int, Any]) -> Array:
     host = np.array(vector)
     for row, value in values.items():
         host[row] = _as_entry(np.asarray(value), host.dtype)
-    return jnp.asarray(host)
+    is_placed = isinstance(vector, jax.Array) and vector.committed
+    return jax.device_put(host, vector.sharding) if is_placed else jnp.asarray(host)
 
 
 def _as_entry(value: Any, dtype: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Sharding
 
 from cerebras_jax.checks import is_number, is_traced
 from cerebras_jax.engine.hyper import NUMBER, is_constant_zero
@@ -85,18 +85,18 @@ def join(numbers: Iterable[Any], static: tuple) -> dict[str, Any]:
     }
 
 
-def as_argument(x: Any, mesh: Mesh | None = None) -> Any:
+def as_argument(x: Any, home: Sharding | None = None) -> Any:
     """A number as an argument of a compiled step: always the same type, whatever the value.
 
-    It lies on every device of the mesh, if one is given, as those do that a step returns.
+    It lies where those do that a step returns, if that is given; see `home_of`.
     """
     if is_traced(x):
         return x
     dtype = jax.dtypes.canonicalize_dtype(float)
     if isinstance(x, jax.Array):
-        return beside(x.astype(dtype), mesh)
-    if mesh is not None:
-        return _on_mesh(float(x), dtype, mesh)
+        return beside(x.astype(dtype), home)
+    if home is not None:
+        return _at_home(float(x), dtype, home)
     if not jax.sharding.get_abstract_mesh().empty:
         return np.asarray(x, dtype)  # an array made now would belong to the mesh in force
     cached = _on_device(float(x), dtype)
@@ -107,9 +107,9 @@ def as_argument(x: Any, mesh: Mesh | None = None) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _on_mesh(x: float, dtype: Any, mesh: Mesh) -> Array:
+def _at_home(x: float, dtype: Any, home: Sharding) -> Array:
     with jax.ensure_compile_time_eval():
-        return beside(jax.device_put(np.asarray(x, dtype)), mesh)
+        return jax.device_put(np.asarray(x, dtype), home)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,8 +16,11 @@ from cerebras_jax.formats.state_dict import (
     match_parameters,
     plain_value,
     to_state_dict,
+    warn_of_order,
     with_functions,
+    with_names,
 )
+from cerebras_jax.messages import shown
 from cerebras_jax.optim import display
 from cerebras_jax.optim.entries import NamedState
 from cerebras_jax.optim.guarding import BOUNDS
@@ -142,8 +145,8 @@ class Optimizer(Owner, ABC):
     def _bounds(self) -> dict[str, Any]:
         """The bounds of the gradients that are set, as arguments of a step."""
         Optimizer.check(self)
-        given, mesh = {name: getattr(self, name) for name in BOUNDS}, self._mesh()
-        return {name: as_argument(x, mesh) for name, x in given.items() if x is not None}
+        given, home = {name: getattr(self, name) for name in BOUNDS}, self._home()
+        return {name: as_argument(x, home) for name, x in given.items() if x is not None}
 
     def _gradients(
         self, given: Any, has_aux: bool, loss_scale: Any = None
@@ -306,24 +309,33 @@ class Optimizer(Owner, ABC):
             layout = to_state_dict(self.param_groups, self._entries())
             return {**layout, "optimizer": self.rule_name, **bounds}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], param_names: Sequence[str] | None = None
+    ) -> None:
         """Takes over state and group values; all or, on an error, nothing.
 
         Parameters are matched by name where the dict has ``param_names`` that are all ours,
-        else by position. Arrays may be JAX, NumPy or torch tensors; they are copied, in the
-        dtype of the state that they replace. A key that a group lacks takes the optimizer's
-        default; bounds of the gradients that the dict lacks stay.
+        else by position, with a warning where that leaves a choice. Arrays may be JAX, NumPy or
+        torch tensors; they are copied, in the dtype of the state that they replace. A key that a
+        group lacks takes the optimizer's default; bounds of the gradients that the dict lacks stay.
 
         A dict that says which algorithm wrote it, as ours do under ``"optimizer"``, is refused by
         others, also by those whose states have the same names: to AdamW, the decay of Adam means
         something else. One without that entry, such as torch's, is taken if its states fit.
 
+        Args:
+          state_dict: what `state_dict` returned, here or in torch.
+          param_names: our names in the order in which the dict has its parameters, group after
+            group, such as ``[name for name, _ in model.named_parameters()]`` in torch.
+
         Raises:
           ValueError: says who wrote it, or names what is missing, unexpected, of another shape,
             or out of range.
         """
+        if param_names is not None and sorted(param_names) != sorted(self._names):
+            raise ValueError(f"param_names must be {shown(list(self._names))}, got {param_names}")
         with self.lock:
-            match = match_parameters(state_dict, self.param_groups)
+            match = match_parameters(with_names(state_dict, param_names), self.param_groups)
             check_rule(state_dict, self.rule_name)
             ours, groups = self._full_entries(), []
             for mine, loaded in zip(self.param_groups, match.groups, strict=True):
@@ -342,6 +354,7 @@ class Optimizer(Owner, ABC):
                 }
                 for name, entry in self._complete(loaded, ours).items():
                     entries[name] = load_array(name, entry, ours[name])
+                warn_of_order(match.by_order, ours)
             bounds = [state_dict.get(name, getattr(self, name)) for name in BOUNDS]
             clipping.check_bounds(*bounds)
             before = Memento(self)

@@ -5,15 +5,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Sharding
 
 from cerebras_jax.checks import is_traced
 from cerebras_jax.donation import Donor
 from cerebras_jax.engine.hyper import NUMBER, normalize
-from cerebras_jax.engine.placement import mesh_of
+from cerebras_jax.engine.placement import home_of
 from cerebras_jax.formats.state_dict import check_keys
 from cerebras_jax.optim import numbers as group_numbers
 from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, check_setting
@@ -34,7 +33,7 @@ class Owner(Stateful):
       donate: see `cerebras_jax.donation`.
     """
 
-    transient: ClassVar[tuple[str, ...]] = ("_lock", "_index", "_donor")
+    transient: ClassVar[tuple[str, ...]] = (*Stateful.transient, "_index", "_donor")
     special: ClassVar[frozenset[str]] = frozenset(
         {"param_groups", "_sources", "_trees", "_frozen", "_names", "_live"}
         | {"_was_stepped", "_was_scheduled"}
@@ -96,10 +95,21 @@ class Owner(Stateful):
         A step reuses the buffers of the old values, except of those that somebody still holds:
         they are copied first. So ``grad(opt.params)`` costs nothing, and a tree that is kept
         stays valid.
+
+        It is a new tree each time: ``opt.params["w"] = x`` changes that tree, not the optimizer,
+        which ``opt.set_parameter("w", x)`` does.
         """
         with self.lock:
+            self.note_use()
             trees = [s.tree(v) for s, v in zip(self._sources, self._leaves(), strict=True)]
         return trees[0] if self._is_one_tree() else trees
+
+    @params.setter
+    def params(self, value: Any) -> None:
+        raise AttributeError(
+            f"params of {type(self).__name__} cannot be set; set_parameter(name, value) replaces "
+            "one of them"
+        )
 
     @property
     def copied(self) -> int:
@@ -116,9 +126,9 @@ class Owner(Stateful):
         """The leaves of each source's tree: those that are trained, then the frozen ones."""
         return [[*mine, *rest] for mine, rest in zip(self._trees, self._frozen, strict=True)]
 
-    def _mesh(self) -> Mesh | None:
-        """The mesh of the parameters; None as long as there is only one device."""
-        return None if jax.device_count() == 1 else mesh_of(self._values())
+    def _home(self) -> Sharding | None:
+        """Where what belongs to no parameter in particular lies; None: nowhere."""
+        return home_of(self._values())
 
     def _is_one_tree(self) -> bool:
         return len(self._sources) == 1 and not self._structured_as_list
@@ -126,6 +136,7 @@ class Owner(Stateful):
     def named_parameters(self) -> list[tuple[str, Array]]:
         """Dotted names and current values of all parameters."""
         with self.lock:
+            self.note_use()
             return list(zip(self._names, self._values(), strict=True))
 
     def set_parameter(self, name: str, value: Array) -> None:
@@ -355,12 +366,12 @@ class Owner(Stateful):
     def _is_live(self, key: str, value: Any, live: set[str]) -> bool:
         return group_numbers.is_live(key, value, live)
 
-    def as_arguments(self, numbers: list[Any], mesh: Mesh | None = None) -> list[Any]:
+    def as_arguments(self, numbers: list[Any], home: Sharding | None = None) -> list[Any]:
         """See `Stateful`."""
         frozen: list[Any] = []
         freeze(self._frozen, frozen, [])
         n = len(numbers) - len(frozen)
-        return [*(as_argument(x, mesh) for x in numbers[:n]), *numbers[n:]]
+        return [*(as_argument(x, home) for x in numbers[:n]), *numbers[n:]]
 
     def live(self) -> frozenset[Any]:
         """See `Stateful`."""

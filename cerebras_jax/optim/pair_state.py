@@ -19,6 +19,7 @@ from cerebras_jax.optim.makers import Maker, RuleMaker
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.stateful import Fill, Slot
 from cerebras_jax.transforms.finite import GuardState, check_skips
+from cerebras_jax.transforms.norms import check_kinds
 from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.types import Array
 
@@ -49,6 +50,7 @@ class PairOptimizer(Optimizer):
     skip_nonfinite: bool
     skip_spikes: SkipSpikes | None
     measure_gradients: bool
+    measure_norms: bool | Sequence[str]
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return normalize({name: group[name] for name in self.defaults})
@@ -115,7 +117,7 @@ class PairOptimizer(Optimizer):
 
     def _take_state(self, state: Any) -> None:
         """Sets the state; what lies nowhere goes beside the parameters."""
-        state = beside(state, self._mesh())
+        state = beside(state, self._home())
         self._state, self._structure = jax.tree.flatten(state)
 
     def _placements(self) -> Placements:
@@ -171,6 +173,7 @@ class PairOptimizer(Optimizer):
     def state(self) -> Mapping[str, Mapping[str, Any]]:
         """A read-only view: per parameter name, the states by name. See `visit_state`."""
         with self.lock:
+            self.note_use()
             self._regroup()
             return StateView(self._state, self._catalogue(), self._hidden())
 
@@ -201,7 +204,7 @@ class PairOptimizer(Optimizer):
 
     def _set_entries(self, given: Mapping[str, Mapping[str, Any]]) -> None:
         written = entries.write(self._state, self._catalogue(), given)
-        self._state = beside(written, self._mesh())
+        self._state = beside(written, self._home())
         self._same = None
 
     def _shared(self) -> dict[str, Any]:
@@ -216,7 +219,7 @@ class PairOptimizer(Optimizer):
         known = self._catalogue()
         for places, values in ((known.shared, shared), (known.guard, seen)):
             for path in places.keys() & values.keys():
-                self._state[places[path].leaf] = beside(values[path], self._mesh())
+                self._state[places[path].leaf] = beside(values[path], self._home())
 
     # --- what watches over the steps -----------------------------------------------------------
 
@@ -237,16 +240,19 @@ class PairOptimizer(Optimizer):
 
     def _guard(self) -> Guard:
         clips = tuple(name for name in BOUNDS if getattr(self, name) is not None)
-        measures = self.measure_gradients or SCALED in self._live
+        norms = check_kinds(self.measure_norms)
+        measures = self.measure_gradients or SCALED in self._live or norms != ()
         skips = self.skip_nonfinite or self.skip_spikes is not None
-        return Guard(clips, self.skip_nonfinite, self.skip_spikes, measures or skips or clips != ())
+        is_on = measures or skips or clips != ()
+        return Guard(clips, self.skip_nonfinite, self.skip_spikes, is_on, norms)
 
     def _fit_guard(self) -> None:
         """Allocates what the settings need, and frees what they do not."""
         guard = self._guard()
         if guard == self._fitted:
             return
-        self._take_state(guard.refitted(self._structure.unflatten(self._state), self._fitted))
+        state = self._structure.unflatten(self._state)
+        self._take_state(guard.refitted(state, self._fitted, tuple(self._paths().values())))
         self._fitted = guard
         vars(self).pop("_cache", None)
 
@@ -267,12 +273,14 @@ class PairOptimizer(Optimizer):
             ``measure_gradients``.
         """
         with self.lock:
+            self.note_use()
             state = self._watch()
             if state is None:
                 raise RuntimeError(
                     "the gradients are not measured; set measure_gradients=True on the optimizer"
                 )
-            return StepReport.of(state)
+            norms = self._fitted.norms_of(self._structure.unflatten(self._state))
+            return StepReport.of(state, None if norms is None else norms.called(self._names))
 
     @property
     def took_step(self) -> Any:
@@ -420,6 +428,8 @@ class PairOptimizer(Optimizer):
             names[place.leaf] = path
         for path, place in catalogue.guard.items():
             names[place.leaf] = f"guard.{path}"
+        for path, place in catalogue.norms.items():
+            names[place.leaf] = f"norms.{path}"
         return names
 
     def _hashables(self) -> tuple[Any, ...]:

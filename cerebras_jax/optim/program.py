@@ -72,10 +72,10 @@ def transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """The optax pair that a step applies; its update returns new parameters.
 
-    Outermost first: the masking of gradients, the guard, the wrappers, the masks, the groups. So
-    wrappers are given no step that is not taken, and their states stay with all others. Where
-    there are wrappers, the guard sees all that they see, and what they hand on is masked and
-    clipped.
+    Outermost first: the masking of gradients, the norms, the guard, the wrappers, the masks, the
+    groups. So wrappers are given no step that is not taken, and their states stay with all others.
+    Where there are wrappers, norms and guard see all that they see, and what they hand on is masked
+    and clipped.
 
     Args:
       plan: what is static.
@@ -91,8 +91,9 @@ def transformation(
     given = dict(zip(plan.guard.clips, bounds, strict=True))
     if plan.around:
         tx = plan.guard.around(_wrapped(plan, tx, given), {})
-        return optax.with_extra_args_support(_without_factor(tx) if given else tx)
-    tx = plan.guard.around(tx, given)
+        tx = _without_factor(tx) if given else tx
+        return optax.with_extra_args_support(plan.guard.measured(tx))
+    tx = plan.guard.measured(plan.guard.around(tx, given))
     return optax.with_extra_args_support(plan.masking.before(tx) if plan.guard.is_on else tx)
 
 

@@ -5,11 +5,16 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, ParamSpec, cast, overload
 
+from cerebras_jax.checks import is_traced
 from cerebras_jax.formats.state_dict import plain_value, with_functions
+from cerebras_jax.optim.numbers import LEARNING_RATES
 from cerebras_jax.optim.optimizer import Optimizer
 from cerebras_jax.optim.scheduler import Scheduler, as_tags
+from cerebras_jax.schedules import Schedule
 
 P = ParamSpec("P")
+
+_FAR = 10  # times the learning rate that an optimizer was made with
 
 
 class ScheduleScheduler(Scheduler, Generic[P]):
@@ -84,6 +89,29 @@ class ScheduleScheduler(Scheduler, Generic[P]):
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._schedule, self._original(name))
+
+    def _what_is_overwritten(self) -> str | None:
+        return super()._what_is_overwritten() or self._what_is_far_above()
+
+    def _what_is_far_above(self) -> str | None:
+        """What to say of a learning rate that looks like a factor, or like a number of steps.
+
+        torch's schedulers take factors of the optimizer's own value, so its calls mean something
+        else here. No published configuration comes near to 1; an optimizer's value of 0
+        is none.
+        """
+        if self.key not in LEARNING_RATES or not isinstance(self.schedule, Schedule):
+            return None
+        peak = max((v for _, v in self.schedule.probes() if not is_traced(v)), default=0.0)
+        before = [g[self.key] for g in self.groups()]
+        known = [float(x) for x in before if not (callable(x) or is_traced(x))]
+        if len(known) < len(before) or not max(known) or peak < max(1.0, _FAR * max(known)):
+            return None
+        return (
+            f"{type(self).__name__} writes {self.key} up to {float(peak):g}, the optimizer had "
+            f"{max(known):g}; its arguments are values, not torch's factors of that: "
+            f"{self.schedule}"
+        )
 
     def _fields(self) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, ParamSpec
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Sharding
 
 from cerebras_jax.checks import check, is_number, is_traced
 from cerebras_jax.engine.placement import beside
@@ -304,13 +304,13 @@ class Scheduler(Stateful, ABC):
             self.optimizer = next(remaining)
         self._refill(Fill(iter(arrays), remaining))
 
-    def as_arguments(self, numbers: list[Any], mesh: Mesh | None = None) -> list[Any]:
+    def as_arguments(self, numbers: list[Any], home: Sharding | None = None) -> list[Any]:
         """See `Stateful`."""
         epoch, *values = numbers
         epoch = epoch if isinstance(epoch, jax.Array) else np.asarray(epoch, np.int32)
-        if mesh is not None and not is_traced(epoch):
-            epoch = beside(jnp.asarray(epoch), mesh)
-        return [epoch, *(as_argument(x, mesh) for x in values)]
+        if home is not None and not is_traced(epoch):
+            epoch = beside(jnp.asarray(epoch), home)
+        return [epoch, *(as_argument(x, home) for x in values)]
 
     def __repr__(self) -> str:
         epoch = plain_value(self.last_epoch)

@@ -27,7 +27,7 @@ from cerebras_jax.optim.signatures import doc_of, signature_of
 from cerebras_jax.optim.sources import ModuleSource, hold_back, is_closure
 from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.signals import deferred_signals
-from cerebras_jax.stateful import OUTSIDE, locked
+from cerebras_jax.stateful import DROPPED, OUTSIDE, locked
 from cerebras_jax.transforms.accumulate import Accumulation
 from cerebras_jax.transforms.finite import check_loss
 from cerebras_jax.transforms.loss_scale import GradScaler
@@ -101,7 +101,8 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self.rounding: Rounding = rounding
         self.zero_axis = zero_axis
         self._live_keys = self.maker.live(arguments)
-        self.skip_nonfinite, self.skip_spikes, self.measure_gradients = False, None, False
+        self.skip_nonfinite, self.skip_spikes = False, None
+        self.measure_gradients = self.measure_norms = False
         self._structure, self._same, self._groups = None, None, ()
         self._checked, self._keys = [], []
         counts = self.counts_steps if enable_global_step is None else enable_global_step
@@ -239,6 +240,8 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         if absent:
             missed = {self._names[i] for i in absent}
             self._same = clocks.parted(self._same or (), self._members(), missed)
+        if was_traced:
+            self.note_change(DROPPED.format(name=type(self).__name__))
 
     def _guard_with(
         self, scaler: GradScaler, bounds: dict[str, Any]
@@ -253,16 +256,16 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             check_setting("max_gradient_norm", scaler.max_gradient_norm)
             if "max_gradient_norm" in bounds:
                 raise ValueError("max_gradient_norm is set on the optimizer and on the scaler")
-            bound = as_argument(scaler.max_gradient_norm, self._mesh())
+            bound = as_argument(scaler.max_gradient_norm, self._home())
             bounds = {"max_gradient_norm": bound, **bounds}
         return dataclasses.replace(self._fitted, clips=tuple(bounds), skip_nonfinite=True), bounds
 
     def _arguments(self) -> tuple[list[list[Any]], tuple]:
         """Per group, the numbers of a step and what is static; edited values are checked."""
-        values, statics, mesh = [], [], self._mesh()
+        values, statics, home = [], [], self._home()
         for i, hyper in enumerate(self._checked_hyper()):
             mine, marks = self._split(i, hyper)
-            values.append([as_argument(x, mesh) for x in mine])
+            values.append([as_argument(x, home) for x in mine])
             statics.append(marks)
         return values, tuple(statics)
 

@@ -1,13 +1,13 @@
 """Sparse training in the class form: masks in the state, and in state dicts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cerebras_jax.checks import is_traced
-from cerebras_jax.formats.state_dict import checked_layout
+from cerebras_jax.formats.state_dict import checked_layout, with_names
 from cerebras_jax.messages import shown
 from cerebras_jax.optim import entries
 from cerebras_jax.optim.entries import MASK, SPARSE_STEP
@@ -121,13 +121,15 @@ class SparseOptimizer(PairOptimizer):
                 del result["around"]
             return {**result, "sparsity": layout(self._masks(), self._sparsity, int(step))}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], param_names: Sequence[str] | None = None
+    ) -> None:
         """See `Optimizer.load_state_dict`; a sparse optimizer takes over masks, and is pruned.
 
         Masks are matched by the names of their parameters in the state dict.
         """
         with self.lock:
-            super().load_state_dict(self._with_masks(state_dict))
+            super().load_state_dict(self._with_masks(with_names(state_dict, param_names)))
             self._prune()
 
     def _with_masks(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.hyper import saturating_increment
+from cerebras_jax.engine.placement import beside, home_of
 from cerebras_jax.engine.rounding import path_number
 from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
 from cerebras_jax.sparse import order
@@ -77,7 +78,8 @@ def sparsify(
             raise ValueError(f"sparsify wraps a transformation that is sparse already: {sparsity}")
         bits = treedef.unflatten(map(_first_mask, members, map(as_array, leaves)))
         state = SparseState(jnp.zeros((), jnp.int32), bits, inner)
-        return state._replace(inner=mask_states(state.inner, state.masks, params, states))
+        state = state._replace(inner=mask_states(state.inner, state.masks, params, states))
+        return beside(state, home_of(leaves))
 
     def update(
         updates: Any, state: Any, params: Params = None, **extra: Any

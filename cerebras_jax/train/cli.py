@@ -69,6 +69,7 @@ def _train_option(name: str, what: str) -> Any:
 @_train_option("batch_size", "Windows of text in a step.")
 @_train_option("context", "Bytes in a window.")
 @_train_option("seed", "Seed of the model and of the batches.")
+@_train_option("grad_accum_steps", "Parts in which a batch is computed.  [default: CONFIG's, or 1]")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -95,10 +96,10 @@ def train_command(
     """Train a small byte-level GPT with the optimizer of CONFIG.yaml.
 
     CONFIG is a Model Zoo configuration: its section `optimizer` says what to train with; a
-    section `train` may set steps, batch_size, context, layers, width, heads, eval_every, seed.
-    Without one, AdamW with warm-up and cosine decay trains on the source code of Python's
-    standard library. The run folder gets config.yaml, metrics.jsonl, training.png, sample.txt,
-    weights.npz and checkpoints.
+    section `train` may set steps, batch_size, context, layers, width, heads, eval_every, seed,
+    save_every, keep, grad_accum_steps. Without one, AdamW with warm-up and cosine decay trains
+    on the source code of Python's standard library. The run folder gets config.yaml,
+    metrics.jsonl, training.png, sample.txt, weights.npz and checkpoints.
 
     A run that was interrupted or killed goes on with --resume RUN, and the same --data, as if it
     had not been; --steps may be more than before.

@@ -154,7 +154,8 @@ def train_step(
     for scheduler in schedulers:
         scheduler.step()
     if "measure_gradients" in opt.settings:
-        seen |= opt.report._asdict()  # pyright: ignore
+        report = opt.report._asdict()  # pyright: ignore
+        seen |= {name: value for name, value in report.items() if name != "norms"}
     return loss, seen
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from cerebras_jax.checks import check_flag, shown
+from cerebras_jax.engine.placement import beside, home_of
 from cerebras_jax.transforms.branch import branch
 from cerebras_jax.transforms.clipping import (
     check_bounds,
@@ -114,7 +115,7 @@ def guard(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> GuardState:
-        return GuardState.start(inner.init(params), skip_spikes)
+        return beside(GuardState.start(inner.init(params), skip_spikes), home_of(params))
 
     def update(
         updates: Any,
