@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 
 from cerebras_jax.checks import any_traced, is_number, is_traced
 from cerebras_jax.donation import Donate, Donor
-from cerebras_jax.engine.placement import Placement, Placements, beside, home_of
+from cerebras_jax.engine.placement import Placement, Placements
 from cerebras_jax.programs import Programs
 from cerebras_jax.signals import deferred_signals
 from cerebras_jax.stateful import OUTSIDE, Memento, Stateful, is_nnx, is_reference, locked
@@ -166,9 +166,11 @@ class _Call:
 
     def _settle(self, placements: Placements) -> tuple[Sharding | None, Placement]:
         """Where numbers lie, and where the arrays stay; what lay nowhere lies beside the others."""
-        home = home_of((self.arrays, self.module_state))
-        self.arrays, self.module_state = beside((self.arrays, self.module_state), home)
-        return home, placements.of(jax.tree.leaves((self.arrays, self.module_state)))
+        leaves, treedef = jax.tree.flatten((self.arrays, self.module_state))
+        settled, home, placement = placements.settle(leaves)
+        if settled is not leaves:
+            self.arrays, self.module_state = treedef.unflatten(settled)
+        return home, placement
 
     def donated(self, donor: Donor) -> tuple[list[list[Any]], Any]:
         """The arrays, of which nobody else holds one."""
@@ -222,7 +224,7 @@ class _Program:
         self.hints: list[Any] = []  # of the objects after the step
         self.structure: Any = None  # of the results that replace what was given away
         placement = key.placement
-        where = {} if placement is None else {"out_shardings": ([*placement], None, None)}
+        where: Any = {} if placement is None else {"out_shardings": ([*placement], None, None)}
         body = self._steps if scan else self._body
         self.compiled = jax.jit(body, donate_argnums=0, **where)
 

@@ -69,22 +69,32 @@ def explicit_shardings(tree: Any) -> tuple[Any, Any]:
 
 
 class Placements:
-    """Remembers where arrays were when they were last asked for, as they seldom move."""
+    """Remembers where arrays were when they were last asked for, as they seldom move.
+
+    In a step nothing is done but to see that every sharding is the object that it was.
+    """
 
     def __init__(self) -> None:
         self._seen: list[Any] = []
+        self._home: Sharding | None = None
         self._placement: Placement = None
 
-    def of(self, arrays: Sequence[Any]) -> Placement:
-        """The placement; the same object as long as no array moved."""
-        if jax.device_count() == 1 or not arrays or is_traced(arrays[0]):
-            return None
-        now = [x.sharding for x in arrays]
+    def settle(self, arrays: list[Any]) -> tuple[list[Any], Sharding | None, Placement]:
+        """The arrays, what lay nowhere beside the others; their home; and where they stay."""
+        if not arrays or is_traced(arrays[0]):
+            return arrays, None, None
+        now = _shardings(arrays)
         if len(now) != len(self._seen) or not all(map(operator.is_, now, self._seen)):
-            spread = tuple(map(_spread, now))
-            self._seen = now
+            self._home = home_of(arrays)
+            arrays = beside(arrays, self._home)
+            self._seen = _shardings(arrays)
+            spread = tuple(map(_spread, self._seen))
             self._placement = spread if any(spread) else None
-        return self._placement
+        return arrays, self._home, self._placement
+
+
+def _shardings(arrays: Sequence[Any]) -> list[Any]:
+    return [getattr(x, "sharding", None) for x in arrays]
 
 
 def _spread(sharding: Any) -> NamedSharding | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, ParamSpec
 
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from cerebras_jax.engine.hyper import normalize, saturating_increment
 from cerebras_jax.engine.lift import PureOptimizer
@@ -132,7 +133,7 @@ class Optimizer(Owner, ABC):
           ``max_gradient_norm`` and ``max_gradient_value``.
         """
         value, grads = self._gradients(grads_or_closure, has_aux)
-        bounds = self._bounds()
+        bounds = self._bounds(self._home())
         if bounds:
             limits = (bounds.get(f"max_gradient_{k}") for k in ("norm", "value"))
             grads = clipping.clipped(grads, *limits)
@@ -142,10 +143,10 @@ class Optimizer(Owner, ABC):
         """Refuses bounds of the gradients that are out of range."""
         clipping.check_bounds(self.max_gradient_norm, self.max_gradient_value)
 
-    def _bounds(self) -> dict[str, Any]:
+    def _bounds(self, home: Sharding | None) -> dict[str, Any]:
         """The bounds of the gradients that are set, as arguments of a step."""
         Optimizer.check(self)
-        given, home = {name: getattr(self, name) for name in BOUNDS}, self._home()
+        given = {name: getattr(self, name) for name in BOUNDS}
         return {name: as_argument(x, home) for name, x in given.items() if x is not None}
 
     def _gradients(

@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from cerebras_jax.checks import is_number
 from cerebras_jax.engine import rounding
 from cerebras_jax.engine.hyper import normalize, saturating_increment
-from cerebras_jax.engine.placement import Placements, beside
+from cerebras_jax.engine.placement import Placement, Placements, beside
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_known, load_shared
 from cerebras_jax.optim import clocks, entries, numbers
@@ -120,8 +121,16 @@ class PairOptimizer(Optimizer):
         state = beside(state, self._home())
         self._state, self._structure = jax.tree.flatten(state)
 
-    def _placements(self) -> Placements:
-        return vars(self).setdefault("_where", Placements())
+    def _settle(self) -> tuple[Sharding | None, Placement]:
+        """Where numbers lie, and where the arrays stay; what lay nowhere lies beside the others."""
+        placements: Placements = vars(self).setdefault("_where", Placements())
+        arrays = [*self._state, *self._values()]
+        settled, home, placement = placements.settle(arrays)
+        if settled is not arrays:
+            n = len(self._state)
+            self._state = settled[:n]
+            self._set_values(settled[n:])
+        return home, placement
 
     def _allocate(self, kept: Any = None) -> None:
         self._state = []

@@ -172,7 +172,7 @@ def _take_step(
 
     States need not lie as their parameters do, and the formulas do not say how they meet.
     """
-    step = functools.partial(_step, plan)
+    step: Any = functools.partial(_step, plan)
     mesh, where = explicit_shardings((state, params))
     if mesh is not None:
         step = jax.sharding.auto_axes(step, axes=mesh.axis_names, out_sharding=where)

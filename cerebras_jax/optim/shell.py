@@ -6,6 +6,7 @@ from typing import Any, Generic, ParamSpec, cast, overload
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from cerebras_jax import sharding
 from cerebras_jax.checks import any_traced, is_traced
@@ -113,7 +114,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self._groups = tuple(tuple(group["params"]) for group in self.param_groups)
         self._checked = [self._hyper(group) for group in self.param_groups]
         self._same = tuple((0,) * len(group) for group in self._groups)
-        values, statics = self._arguments()
+        values, statics = self._arguments(self._home())
         self._fitted = self._guard()
         plan = self._plan(statics, (), self._fitted, None)
         bounds = [getattr(self, name) for name in self._fitted.clips]
@@ -201,13 +202,15 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             check_loss(loss)
         self._note_step()
         self._regroup()
-        guard, bounds = self._fitted, self._bounds()
         if scaler is not None:
-            guard, bounds = self._guard_with(scaler, bounds)
-        values, statics = self._arguments()
+            self._take_scaler(scaler)
+        home, placement = self._settle()
+        guard, bounds = self._fitted, self._bounds(home)
+        if scaler is not None:
+            guard, bounds = self._guard_with(scaler, bounds, home)
+        values, statics = self._arguments(home)
         absent = tuple(i for i, g in enumerate(grads) if g is None)
         params = self._values()
-        placement = self._placements().of([*self._state, *params])
         program = self._program(statics, absent, guard, placement)
         inputs = Inputs(
             grads,
@@ -243,26 +246,29 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         if was_traced:
             self.note_change(DROPPED.format(name=type(self).__name__))
 
-    def _guard_with(
-        self, scaler: GradScaler, bounds: dict[str, Any]
-    ) -> tuple[Guard, dict[str, Any]]:
-        """The watch over a step with a scaler, and the bounds in force."""
+    def _take_scaler(self, scaler: GradScaler) -> None:
+        """Allocates what the first step with a scaler needs."""
         if self.is_traced() and not is_traced(scaler.state.loss_scale):
             raise RuntimeError(OUTSIDE.format(name="a scaler"))
         if SCALED not in self._live:
             self._live.add(SCALED)
             self._fit_guard()
+
+    def _guard_with(
+        self, scaler: GradScaler, bounds: dict[str, Any], home: Sharding | None
+    ) -> tuple[Guard, dict[str, Any]]:
+        """The watch over a step with a scaler, and the bounds in force."""
         if scaler.max_gradient_norm is not None:
             check_setting("max_gradient_norm", scaler.max_gradient_norm)
             if "max_gradient_norm" in bounds:
                 raise ValueError("max_gradient_norm is set on the optimizer and on the scaler")
-            bound = as_argument(scaler.max_gradient_norm, self._home())
+            bound = as_argument(scaler.max_gradient_norm, home)
             bounds = {"max_gradient_norm": bound, **bounds}
         return dataclasses.replace(self._fitted, clips=tuple(bounds), skip_nonfinite=True), bounds
 
-    def _arguments(self) -> tuple[list[list[Any]], tuple]:
+    def _arguments(self, home: Sharding | None) -> tuple[list[list[Any]], tuple]:
         """Per group, the numbers of a step and what is static; edited values are checked."""
-        values, statics, home = [], [], self._home()
+        values, statics = [], []
         for i, hyper in enumerate(self._checked_hyper()):
             mine, marks = self._split(i, hyper)
             values.append([as_argument(x, home) for x in mine])
