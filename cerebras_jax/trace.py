@@ -222,7 +222,9 @@ class _Program:
         self.hints: list[Any] = []  # of the objects after the step
         self.structure: Any = None  # of the results that replace what was given away
         placement = key.placement
-        where = {} if placement is None else {"out_shardings": ([*placement], None, None)}
+        where: dict[str, Any] = (
+            {} if placement is None else {"out_shardings": ([*placement], None, None)}
+        )
         body = self._steps if scan else self._body
         self.compiled = jax.jit(body, donate_argnums=0, **where)
 
@@ -282,7 +284,7 @@ class _Program:
         def step(carry: Any, entries: list[Any]) -> tuple[Any, Any]:
             remaining = iter(entries)
             mine = [next(remaining) if m else x for x, m in zip(inputs, moves, strict=True)]
-            results, changed, out = self._body(*carry, mine)
+            results, changed, out = self._body(carry[0], carry[1], mine)
             is_changed[:] = [[x is not None for x in new] for new in changed]
             return (self.structure.unflatten(results), _merged(changed, carry[1])), out
 

@@ -36,8 +36,8 @@ def rule_of(name: str) -> str:
 
 
 def _classes() -> dict[str, Any]:
-    found = [c for c in vars(optim).values() if inspect.isclass(c) and hasattr(c, "pure")]
-    return {cls.pure.__name__: cls for cls in found}
+    found: list[Any] = [c for c in vars(optim).values() if inspect.isclass(c)]
+    return {cls.pure.__name__: cls for cls in found if hasattr(cls, "pure")}
 
 
 # --- out ------------------------------------------------------------------------------------------
@@ -64,7 +64,8 @@ def write(path: str | Path, run: Run, names: Names | None = None) -> None:
     run = run if names is None else run.in_order(names)
     run.check()
     if not run.groups:
-        files.save(path, step=run.step, **{OPTIMIZER: {"params": dict(run.params)}})
+        parts: dict[str, Any] = {OPTIMIZER: {"params": dict(run.params)}}
+        files.save(path, step=run.step, **parts)
         return
     missing = [name for name in run.trained if name not in run.params]
     if missing:
@@ -131,7 +132,7 @@ def _check_digits(opt: Any, run: Run) -> None:
     """Refuses states that were rounded on the way."""
     for name, entry in run.states.items():
         for key, new in opt.state[name].items():
-            old = entry.get(key)
+            old: Any = entry.get(key)
             if key in CLOCKS or not hasattr(old, "dtype"):
                 continue
             if not np.array_equal(np.asarray(old), np.asarray(new).astype(old.dtype)):
@@ -237,4 +238,5 @@ def _arrays(found: Path, contents: files.Contents, name: str) -> dict[str, np.nd
     paths = [p.removeprefix(f"{name}/") for p in contents.arrays if p.startswith(f"{name}/")]
     shapes = {p: contents.arrays[f"{name}/{p}"] for p in paths}
     like = {p: np.broadcast_to(np.zeros((), x.dtype), x.shape) for p, x in shapes.items()}
-    return files.restore(found, **{name: like})[name]
+    targets: dict[str, Any] = {name: like}
+    return files.restore(found, **targets)[name]
