@@ -113,6 +113,8 @@ class Donor:
         if len(live) <= self._live and not self._has_aliases:
             return set()
         leaves = list(itertools.chain.from_iterable(lists))
+        views = _views(leaves)
+        live = [x for x in live if id(x) not in views]  # they go with what they are views of
         mine = {id(x) for x in leaves}
         kinds = {_kind(x) for x in leaves} - {None}
         theirs = [x for x in live if id(x) not in mine and _kind(x) in kinds]
@@ -128,6 +130,18 @@ def _kind(x: Any) -> Any:
     if not isinstance(x, jax.Array) or is_traced(x) or x.is_deleted() or not x.size:
         return None
     return x.sharding.shard_shape(x.shape), x.dtype
+
+
+def _views(arrays: Sequence[Any]) -> set[int]:
+    """Ids of the replicas that arrays keep since they were read, and that nobody else holds."""
+    replicas = [x.addressable_data(0) for x in arrays if _kind(x) and _is_replicated(x)]
+    counts = zip(replicas, _counts(replicas), strict=True)
+    # Its array holds it, and the list of all live arrays, unless it is made just now.
+    return {id(x) for x, count in counts if count <= _IN_A_LIST + 2}
+
+
+def _is_replicated(x: Any) -> bool:
+    return len(x.sharding.device_set) > 1 and x.is_fully_replicated
 
 
 def _buffers(x: Any, devices: set[Any]) -> list[tuple[Any, int]]:

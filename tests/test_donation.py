@@ -163,3 +163,18 @@ def test_what_was_replicated_on_several_devices_stays(form):
         FORMS[form](opt)
         FORMS[form](opt)
         assert opt.copied == copied
+
+
+def test_reading_what_is_replicated_holds_nothing():
+    """A replicated array keeps the replica that it was read from."""
+    mine = [_replicated(np.arange(2.0))]
+    donor = Donor()
+    np.asarray(mine[0])
+    donor.ready(mine, owners=(0,))
+    assert donor.copied == 0
+    replica = mine[0].addressable_data(0)
+    donor.ready(mine, owners=(0,))
+    assert donor.copied == 1
+    del replica
+    donor.ready(mine, owners=(0,))
+    assert donor.copied == 1

@@ -175,6 +175,22 @@ def test_norms_are_not_saved_but_copied():
     assert len(opt.report.norms.updates) == 3
 
 
+def test_several_trees_and_steps_of_a_wrapper_not_taken():
+    opt = optim.SGD([{"params": {"u": jnp.ones(2)}}, {"params": {"v": jnp.ones(2)}}], lr=1.0)
+    opt.measure_norms = True
+    opt.step([{"u": jnp.array([3.0, 4.0])}, {"v": jnp.zeros(2)}])
+    assert {k: float(x) for k, x in opt.report.norms.updates.items()} == {"u": 5.0, "v": 0.0}
+    opt = optim.SGD(PARAMS, lr=1.0, around=[lambda tx: optax.chain(tx, optax.scale(2.0))])
+    opt.measure_norms = opt.skip_nonfinite = True
+    opt.max_gradient_norm = 100.0
+    opt.step(GRADS)
+    assert float(opt.report.norms.updates["b"]) == 10.0
+    opt.step(BAD)
+    assert float(opt.report.norms.updates["b"]) == 0.0
+    assert float(opt.report.norms.gradients["b"]) == 5.0
+    assert not opt.took_step
+
+
 def norms_of_float32(tree):
     return {k: jnp.linalg.norm(x) for k, x in tree.items()}
 

@@ -260,7 +260,7 @@ def named(leaves: Sequence[Array], catalogue: Catalogue) -> NamedState:
                 states[name][key] = is_on(leaves[leaf]) if key == MASK else leaves[leaf]
                 continue
             if leaf not in host:
-                host[leaf] = np.array(leaves[leaf])
+                host[leaf] = np.asarray(leaves[leaf])
             clocks.setdefault(key, {})[name] = host[leaf][row]
     return NamedState(states, clocks, read(leaves, catalogue.shared, host))
 
@@ -292,8 +292,8 @@ def _value(leaves: Sequence[Array], place: Place, host: dict[int, Any]) -> Any:
     leaf = leaves[place.leaf]
     if place.row is None:
         return leaf
-    if place.leaf not in host:  # It will be read element by element. A view would hold its buffer.
-        host[place.leaf] = leaf if is_traced(leaf) or not is_whole(leaf) else np.array(leaf)
+    if place.leaf not in host:  # it will be read element by element
+        host[place.leaf] = leaf if is_traced(leaf) or not is_whole(leaf) else np.asarray(leaf)
     entry = host[place.leaf][place.row]
     return _as_step(entry) if jnp.issubdtype(entry.dtype, jnp.integer) else entry
 

@@ -176,7 +176,7 @@ def _take_step(
     mesh, where = explicit_shardings((state, params))
     if mesh is not None:
         step = jax.sharding.auto_axes(step, axes=mesh.axis_names, out_sharding=where)
-    return step(state, params, inputs)
+    return step(state, params, inputs)  # pyright: ignore[reportCallIssue]
 
 
 def _step(plan: Plan, state: list, params: list, inputs: Inputs) -> tuple[list[Array], list[Array]]:
