@@ -271,7 +271,7 @@ class GradScaler(Stateful):
         if unknown:
             raise ValueError(f"a scaler's state has {list(state._fields)}, got {unknown}")
         for name, value in state_dict.items():
-            number = value.item() if hasattr(value, "item") and np.size(value) == 1 else value
+            number = value.item() if hasattr(value, "item") and np.shape(value) == () else value
             if not is_number(number) or np.shape(number) != () or not 0 <= number < np.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
             if name == "loss_scale":
