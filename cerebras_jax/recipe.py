@@ -83,11 +83,17 @@ class Recipe:
     sparsity: Sparsity | None = None
     warnings: tuple[str, ...] = ()
 
-    def optimizer(self, params: Any) -> tuple[Optimizer, list[Scheduler]]:
+    def optimizer(
+        self, params: Any, *, zero_axis: str | None = None
+    ) -> tuple[Optimizer, list[Scheduler]]:
         """The class form: the optimizer, which clips and skips, and the schedulers to step.
 
         Loss scaling is apart: ``opt.step(loss_fn, scaler=recipe.scaler())``. With a sparsity the
         parameters are pruned: those of a module in place, others are ``opt.params``.
+
+        Args:
+          params: as a class of `optim` takes them.
+          zero_axis: a mesh axis to split the states over; see `sharding.state`.
 
         Raises:
           TypeError: if the recipe has a sparsity, and the optimizer a step of its own.
@@ -96,7 +102,8 @@ class Recipe:
         """
         groups = self.param_groups(params)
         drivers(self.schedulers, groups)
-        opt = self.optimizer_class(groups, **self.optimizer_values)
+        where = {} if zero_axis is None else {"zero_axis": zero_axis}
+        opt = self.optimizer_class(groups, **self.optimizer_values, **where)
         for name in SETTINGS:
             value = getattr(self, name, None)
             if value not in (None, False):

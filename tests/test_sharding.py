@@ -154,6 +154,13 @@ def test_optax_pairs_and_wrappers_stay_where_they_are(form):
     assert {s.num_devices for s in before} == {8}
 
 
+def test_a_recipe_splits_states():
+    params, axis = placed("zero")
+    recipe = cjax.load_recipe({"optimizer": {"optimizer_type": "AdamW", "learning_rate": 0.1}})
+    opt, _ = recipe.optimizer(params, zero_axis=axis)
+    assert opt.state["out"]["exp_avg"].sharding.spec == PartitionSpec("data")
+
+
 def test_copies_loads_and_new_groups_lie_as_before():
     params, axis = placed("zero")
     opt = optim.AdamW(params, lr=0.1, zero_axis=axis)
