@@ -102,7 +102,7 @@ class Recipe:
         """
         groups = self.param_groups(params)
         drivers(self.schedulers, groups)
-        where = {} if zero_axis is None else {"zero_axis": zero_axis}
+        where: dict[str, Any] = {} if zero_axis is None else {"zero_axis": zero_axis}
         opt = self.optimizer_class(groups, **self.optimizer_values, **where)
         for name in SETTINGS:
             value = getattr(self, name, None)

@@ -47,6 +47,7 @@ FLOORS = [
     {"optim.display"},
     {"optim.optimizer"},
     {"optim.pair_state", "optim.plateau"},
+    {"optim.watched"},
     {"optim.sparse_optimizer"},
     {"optim.shell"},
     {"optim.classes"},

@@ -22,11 +22,11 @@ from cerebras_jax.optim import clocks
 from cerebras_jax.optim.guarding import Guard, check_setting
 from cerebras_jax.optim.makers import How, RuleMaker
 from cerebras_jax.optim.numbers import as_argument
-from cerebras_jax.optim.pair_state import SCALED
 from cerebras_jax.optim.program import Inputs, Plan, Program, Wrapper, program_of, transformation
 from cerebras_jax.optim.signatures import doc_of, signature_of
 from cerebras_jax.optim.sources import ModuleSource, hold_back, is_closure
 from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
+from cerebras_jax.optim.watched import SCALED
 from cerebras_jax.signals import deferred_signals
 from cerebras_jax.stateful import DROPPED, OUTSIDE, locked
 from cerebras_jax.transforms.accumulate import Accumulation

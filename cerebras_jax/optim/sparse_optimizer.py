@@ -13,14 +13,14 @@ from cerebras_jax.optim import entries
 from cerebras_jax.optim.entries import MASK, SPARSE_STEP
 from cerebras_jax.optim.makers import RuleMaker
 from cerebras_jax.optim.masking import Masking
-from cerebras_jax.optim.pair_state import PairOptimizer
+from cerebras_jax.optim.watched import WatchedOptimizer
 from cerebras_jax.sparse.entries import layout
 from cerebras_jax.sparse.masking import fraction_on, holds_masks, is_on, select
 from cerebras_jax.sparse.selection import Groups, Sparsity
 from cerebras_jax.types import Array
 
 
-class SparseOptimizer(PairOptimizer):
+class SparseOptimizer(WatchedOptimizer):
     """An optimizer whose parameters, gradients and states can be masked."""
 
     _sparsity: Sparsity | None = None
