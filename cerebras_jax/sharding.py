@@ -17,7 +17,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cerebras_jax.engine.trees import as_array
-from cerebras_jax.processes import check_equal, numbers_of
+from cerebras_jax.processes import check_equal_numbers
 from cerebras_jax.stateful import Stateful
 
 __all__ = ["Plan", "check_processes", "init", "plan", "shardings_of", "state"]
@@ -112,7 +112,7 @@ def check_processes(*objects: Stateful) -> None:
     >>> check_processes(optim.SGD({"w": jax.numpy.ones(2)}, lr=0.1))  # with one process, all agree
     """
     for obj in objects:
-        check_equal(numbers_of(obj.parts().numbers), type(obj).__name__)
+        check_equal_numbers(obj.parts().numbers, type(obj).__name__)
 
 
 # --- what it takes --------------------------------------------------------------------------------

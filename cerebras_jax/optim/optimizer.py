@@ -28,7 +28,7 @@ from cerebras_jax.optim.guarding import BOUNDS
 from cerebras_jax.optim.numbers import as_argument
 from cerebras_jax.optim.owner import Owner
 from cerebras_jax.optim.sources import is_closure, value_and_grad
-from cerebras_jax.processes import check_equal, numbers_of
+from cerebras_jax.processes import check_equal_numbers
 from cerebras_jax.stateful import Fill, Memento, freeze
 from cerebras_jax.transforms import clipping
 from cerebras_jax.types import Array
@@ -102,7 +102,7 @@ class Optimizer(Owner, ABC):
         self.enable_global_step = bool(enable_global_step)
         self._state: Any = {}
         self._allocate()
-        check_equal(numbers_of(self.param_groups), "param_groups")
+        check_equal_numbers(self.param_groups, "param_groups")
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -345,7 +345,7 @@ class Optimizer(Owner, ABC):
                 check_keys(group, self.defaults)
                 self._check_loaded_group(mine, group)
                 groups.append(group)
-            check_equal(numbers_of(groups), "the param_groups of the state dict")
+            check_equal_numbers(groups, "the param_groups of the state dict")
             entries = dict(ours)
             if match.has_state:
                 loaded = {
