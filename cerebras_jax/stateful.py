@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
-from cerebras_jax.checks import is_traced
+from cerebras_jax.checks import any_traced, is_traced
 
 OUTSIDE = (
     "{name} from outside was changed in a traced function; make {name} an argument of a function "
@@ -38,9 +38,11 @@ class Fate:
     """What became of a copy that a transformation of JAX made; says so if a change was lost.
 
     Attributes:
-      lost: what to warn of when the copy goes; None: nothing was changed, or it was taken.
+      change: what to warn of, if nothing is made of a change; None: nothing was changed.
+      lost: the same; None once the copy was taken. Copies of it inherit the change.
     """
 
+    change: str | None = None
     lost: str | None = None
 
     def __del__(self) -> None:
@@ -155,7 +157,7 @@ class Stateful:
     def note_change(self, message: str) -> None:
         """Says that it was changed; it warns if it is such a copy, and nothing is made of it."""
         if fate := vars(self).get("_fate"):
-            fate.lost = message
+            fate.change = fate.lost = message
 
     def note_use(self) -> None:
         """Says that what it is now is made use of."""
@@ -403,6 +405,7 @@ class _Aux:
     key: Any
     names: tuple[str, ...]
     skeleton: Any
+    change: str | None  # of this copy; see `Fate`
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Aux) and self.key == other.key
@@ -413,6 +416,8 @@ class _Aux:
 
 def _flatten(obj: Stateful) -> tuple[tuple, _Aux]:
     with obj.lock:
+        fate = vars(obj).get("_fate")
+        change = None if fate is None else fate.change
         obj.note_use()
         arrays, numbers, static, refs = obj.parts()
         graphdef, modules = nnx.split([r for r in refs if is_nnx(r)])
@@ -422,7 +427,7 @@ def _flatten(obj: Stateful) -> tuple[tuple, _Aux]:
         # Without those that are empty: a map may take an empty container for a leaf.
         present = (bool(numbers), bool(others), any(places))
         key = (static, graphdef, places, present, len(arrays))
-        aux = _Aux(key, tuple(obj.array_names()), obj.skeleton())
+        aux = _Aux(key, tuple(obj.array_names()), obj.skeleton(), change)
     return (*arrays, *itertools.compress((numbers, others, modules), present)), aux
 
 
@@ -446,4 +451,6 @@ def _unflatten(aux: _Aux, children: tuple) -> Any:
     twin.set_constants(numbers[len(numbers) - constants :])
     if "_fate" in twin.transient:
         twin._fate = Fate()
+        if aux.change is not None and any_traced(arrays[:1]):  # the result of a loop, say
+            twin.note_change(aux.change)
     return twin

@@ -24,14 +24,26 @@ def drop(opt):
     opt.step(GRADS)
 
 
+def loop(opt):
+    """Trains a copy: that of the loop."""
+    jax.lax.scan(lambda opt, g: (opt, opt.step(g)), opt, {"w": jnp.ones((3, 2))})
+
+
+def loop_and_take(opt):
+    opt, _ = jax.lax.scan(lambda opt, g: (opt, opt.step(g)), opt, {"w": jnp.ones((3, 2))})
+    return opt.params
+
+
 @pytest.mark.parametrize(
     "run",
     [
         lambda opt: jax.jit(drop)(opt),
         lambda opt: jax.jit(lambda sched: drop(sched.optimizer))(lr_scheduler.ConstantLR(opt, 0.1)),
         lambda opt: jax.eval_shape(lambda opt: drop(opt), opt),
+        lambda opt: cjax.trace(loop)(opt),
+        lambda opt: jax.jit(loop)(opt),
     ],
-    ids=["jit", "scheduler", "eval_shape"],
+    ids=["jit", "scheduler", "eval_shape", "scan in trace", "scan in jit"],
 )
 def test_a_step_of_a_copy_that_nobody_takes_is_told(run):
     with pytest.warns(UserWarning, match="copy of the SGD was stepped .* nothing was made of it"):
@@ -47,9 +59,21 @@ def test_a_step_of_a_copy_that_nobody_takes_is_told(run):
         lambda opt: jax.lax.scan(lambda opt, g: (opt, opt.step(g)), opt, {"w": jnp.ones((3, 2))}),
         lambda opt: jax.lax.fori_loop(0, 3, lambda i, opt: (drop(opt), opt)[1], opt),
         lambda opt: cjax.trace(drop)(opt),
+        lambda opt: jax.jit(loop_and_take)(opt),
+        lambda opt: cjax.trace(loop_and_take)(opt),
         lambda opt: drop(jax.tree.map(lambda x: x, opt)),  # a copy of one's own
     ],
-    ids=["jit", "params", "state", "scan", "fori_loop", "trace", "copy"],
+    ids=[
+        "jit",
+        "params",
+        "state",
+        "scan",
+        "fori_loop",
+        "trace",
+        "scan in jit",
+        "scan in trace",
+        "copy",
+    ],
 )
 def test_what_is_taken_is_not_told(run):
     with warnings.catch_warnings():
