@@ -252,6 +252,15 @@ def test_arrays_that_join_the_others_stay_their_owners(how, form):
     assert second.sum() == 3 * second.size
 
 
+def test_what_is_moved_beside_the_others_shares_no_buffer():
+    free = jnp.ones((16, 8))
+    for other in (jax.device_put(free + 1, jax.devices()[0]), placed("zero")[0]["out"]):
+        (moved, _), home, _ = Placements().settle([free, other])
+        assert moved.sharding == home
+        mine = moved.addressable_data(0).unsafe_buffer_pointer()
+        assert mine != free.unsafe_buffer_pointer()
+
+
 def test_shardings_of_an_optimizer_pin_a_jitted_step():
     params, axis = placed("zero")
     opt = optim.AdamW(params, lr=0.1, zero_axis=axis)
