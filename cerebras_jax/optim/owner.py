@@ -160,8 +160,8 @@ class Owner(Stateful):
                 )
             if is_traced(value) and not is_traced(old):
                 raise RuntimeError(OUTSIDE.format(name="the optimizer"))
-            value = value if isinstance(value, jax.Array) else np.asarray(value)
-            value = jnp.asarray(in_place_of(old, value), old.dtype)
+            given = value if isinstance(value, jax.Array) else np.asarray(value)
+            value = jnp.asarray(in_place_of(old, given), old.dtype)
             if isinstance(self._sources[source], ModuleSource):
                 self._sources[source].variables[i].set_value(value)  # pyright: ignore
             else:
