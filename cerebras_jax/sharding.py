@@ -94,8 +94,11 @@ def init(tx: optax.GradientTransformation, params: Any, *, zero_axis: str | None
 
 
 def shardings_of(tree: Any) -> Any:
-    """The shardings of a tree's arrays, for ``out_shardings``: XLA moves what is not said."""
-    return jax.tree.map(lambda x: x.sharding, tree)
+    """The shardings of a tree's arrays, for ``out_shardings``: XLA moves what is not said.
+
+    What is no array, such as a learning rate in an optimizer, is None.
+    """
+    return jax.tree.map(lambda x: getattr(x, "sharding", None), tree)
 
 
 def check_processes(*objects: Stateful) -> None:

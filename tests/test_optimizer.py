@@ -545,3 +545,16 @@ def test_an_optimizer_of_a_module_is_a_pytree():
     new = jax.jit(lambda o: (o.step(lambda m: m(jnp.ones((1, 2))).sum()), o)[1])(opt)
     np.testing.assert_allclose(new.params.bias[...], -0.1)
     np.testing.assert_array_equal(module.bias[...], 0.0)
+
+
+def test_arrays_of_numpy_stay_their_owners():
+    """JAX may use the memory of a NumPy array; whether it does depends on where that lies."""
+    for _ in range(8):
+        given = [np.ones((64, 64), np.float32) for _ in range(3)]
+        opt = optim.SGD({"a": given[0], "b": jnp.zeros((64, 64))}, lr=0.1, momentum=0.9)
+        opt.set_parameter("b", given[1])
+        opt.visit_state(lambda x, given=given: given[2] if x.shape == (64, 64) else None)
+        for x in given:
+            x[:] = 5.0
+        held = [*jax.tree.leaves(opt.params), opt.state["a"]["momentum_buffer"]]
+        assert all(isinstance(x, jax.Array) and (x == 1.0).all() for x in held)

@@ -1,6 +1,7 @@
 """Many devices: states lie where they should, and everything stays where it is."""
 
 import copy
+import functools
 import pickle
 
 import jax
@@ -13,6 +14,7 @@ from optimizers import OPTIMIZERS
 
 import cerebras_jax as cjax
 from cerebras_jax import optim, sharding
+from cerebras_jax.engine.placement import Placements
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 WHOLE = PartitionSpec()
@@ -200,6 +202,94 @@ def test_a_checkpoint_goes_to_any_number_of_devices(tmp_path):
             np.testing.assert_array_equal(jax.device_get(a), jax.device_get(b))
         twin.step(grads_like(tree))
         assert where(twin) == before
+
+
+def test_values_that_lie_nowhere_take_the_places_of_the_old_ones(compilations):
+    params, axis = placed("grid")
+    opt = optim.AdamW(params, lr=0.1, zero_axis=axis)
+    grads = grads_like(params)
+    opt.step(grads)
+    before = where(opt)
+    opt.set_parameter("dense.kernel", jnp.ones((16, 8)))
+    opt.set_parameter("out", np.ones((8, 16)))
+    opt.visit_state(lambda x: jnp.zeros(x.shape, x.dtype))
+    assert where(opt) == before
+    opt.visit_state(lambda x: np.ones(x.shape, x.dtype))
+    assert where(opt) == before
+    with compilations(0):
+        opt.step(grads)
+    assert where(opt) == before
+
+
+def test_low_bits_take_the_places_of_the_old_ones():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), placed("fsdp")[0])
+    opt = optim.AdamW(params, lr=0.1, rounding="exact")
+    before = where(opt)
+    opt.set_parameter("dense.kernel", jnp.full((16, 8), 1.001))
+    assert where(opt) == before
+    assert float(opt.full_precision()["dense"]["kernel"][0, 0]) == np.float32(1.001)
+
+
+@pytest.mark.parametrize("form", ["class", "trace"])
+@pytest.mark.parametrize("how", ["device", "replicated", "fsdp"])
+def test_arrays_that_join_the_others_stay_their_owners(how, form):
+    """A step moves what lies nowhere beside the others; it may not give away their buffers."""
+    others = jax.device_put(VALUES, jax.devices()[0]) if how == "device" else None
+    if others is None:
+        others, _ = placed("zero" if how == "replicated" else "fsdp")
+    first, second = jnp.full((16, 8), 2.0), jnp.full((16, 8), 3.0)
+    others = jax.tree.map(jnp.copy, others)  # nobody else's
+    opt = optim.SGD({"free": first, "others": others}, lr=0.1, momentum=0.9)
+    del others
+    grads = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), opt.params)
+    traced = cjax.trace(lambda opt, grads: opt.step(grads))
+    step = opt.step if form == "class" else functools.partial(traced, opt)
+    for _ in range(3):
+        step(grads)
+    opt.set_parameter("free", second)
+    step(grads)
+    assert first.sum() == 2 * first.size
+    assert second.sum() == 3 * second.size
+
+
+def test_what_is_moved_beside_the_others_shares_no_buffer():
+    free = jnp.ones((16, 8))
+    for other in (jax.device_put(free + 1, jax.devices()[0]), placed("zero")[0]["out"]):
+        (moved, _), home, _ = Placements().settle([free, other])
+        assert moved.sharding == home
+        mine = moved.addressable_data(0).unsafe_buffer_pointer()
+        assert mine != free.unsafe_buffer_pointer()
+
+
+def test_shardings_of_an_optimizer_pin_a_jitted_step():
+    params, axis = placed("zero")
+    opt = optim.AdamW(params, lr=0.1, zero_axis=axis)
+
+    def step(opt, grads):
+        opt.step(grads)
+        return opt
+
+    new = jax.jit(step, out_shardings=sharding.shardings_of(opt))(opt, grads_like(params))
+    assert where(new) == where(opt)
+
+
+def test_a_traced_function_serves_several_threads():
+    """What it remembers of one optimizer's places may not be used for another's."""
+    placements = Placements()
+    ours, theirs = (jax.tree.leaves(placed(how)[0]) for how in ("zero", "grid"))
+
+    class Interrupting:
+        """An array at whose look another thread asks for others."""
+
+        @property
+        def sharding(self):
+            placements.settle(theirs[:1])
+            placements.settle(theirs)
+            return ours[0].sharding
+
+    _, home, placement = placements.settle([*ours, Interrupting()])
+    assert home == ours[0].sharding
+    assert placement == tuple(x.sharding for x in [*ours, ours[0]])
 
 
 # --- the pure form -------------------------------------------------------------------------------

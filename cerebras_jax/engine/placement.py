@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
@@ -49,11 +50,26 @@ def beside(tree: Any, home: Sharding | None) -> Any:
     return jax.tree.map(lambda x: _put(x, home) if _is_adrift(x) else x, tree)
 
 
-def _put(x: Any, home: Sharding) -> Any:
-    if home.is_fully_addressable:
-        return jax.device_put(x, home)
-    host = np.asarray(x)  # without a word between the processes, which `device_put` would have
-    return jax.make_array_from_callback(host.shape, home, lambda index: host[index])
+def in_place_of(old: Any, new: Any) -> Any:
+    """A new value for an array: where the old one lies, unless it lies elsewhere on purpose.
+
+    Args:
+      old: the array, or whatever stands in its place, which says nothing.
+      new: an array of JAX or NumPy; that of NumPy is copied, others pass.
+    """
+    is_host = isinstance(new, np.ndarray)
+    is_placed = isinstance(old, jax.Array) and not is_traced(old) and old.committed
+    if is_placed and (is_host or _is_adrift(new)) and new.shape == old.shape:
+        return _put(new, old.sharding)
+    return jnp.array(new) if is_host else new
+
+
+def _put(x: Any, where: Sharding) -> Any:
+    """A copy: steps give away what they hold, and `device_put` alone may share the buffer of x."""
+    if where.is_fully_addressable:
+        return jax.device_put(x.copy(), where)
+    host = np.array(x)  # without a word between the processes, which `device_put` would have
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def _is_adrift(x: Any) -> bool:
@@ -71,26 +87,27 @@ def explicit_shardings(tree: Any) -> tuple[Any, Any]:
 class Placements:
     """Remembers where arrays were when they were last asked for, as they seldom move.
 
-    In a step nothing is done but to see that every sharding is the object that it was.
+    In a step nothing is done but to see that every sharding is the object that it was. Several
+    threads may ask: what is remembered is replaced at once.
     """
 
     def __init__(self) -> None:
-        self._seen: list[Any] = []
-        self._home: Sharding | None = None
-        self._placement: Placement = None
+        self._last: tuple[list[Any], Sharding | None, Placement] = [], None, None
 
     def settle(self, arrays: list[Any]) -> tuple[list[Any], Sharding | None, Placement]:
         """The arrays, what lay nowhere beside the others; their home; and where they stay."""
         if not arrays or is_traced(arrays[0]):
             return arrays, None, None
+        seen, home, placement = self._last
         now = _shardings(arrays)
-        if len(now) != len(self._seen) or not all(map(operator.is_, now, self._seen)):
-            self._home = home_of(arrays)
-            arrays = beside(arrays, self._home)
-            self._seen = _shardings(arrays)
-            spread = tuple(map(_spread, self._seen))
-            self._placement = spread if any(spread) else None
-        return arrays, self._home, self._placement
+        if len(now) != len(seen) or not all(map(operator.is_, now, seen)):
+            home = home_of(arrays)
+            arrays = beside(arrays, home)
+            seen = _shardings(arrays)
+            spread = tuple(map(_spread, seen))
+            placement = spread if any(spread) else None
+            self._last = seen, home, placement
+        return arrays, home, placement
 
 
 def _shardings(arrays: Sequence[Any]) -> list[Any]:

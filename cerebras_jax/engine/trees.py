@@ -43,6 +43,11 @@ def as_array(p: Any) -> Any:
     return jnp.asarray(p, None if dtype is None else jax.dtypes.canonicalize_dtype(dtype))
 
 
+def own_array(p: Any) -> Any:
+    """Like `as_array`; an array of NumPy may be written to afterwards."""
+    return as_array(p.copy() if isinstance(p, np.ndarray) else p)
+
+
 def is_complex(x: Any) -> bool:
     """Whether an array is of a complex dtype."""
     return jnp.issubdtype(x.dtype, jnp.complexfloating)

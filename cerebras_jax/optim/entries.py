@@ -13,6 +13,7 @@ import optax
 from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
+from cerebras_jax.engine.placement import in_place_of
 from cerebras_jax.engine.trees import path_name
 from cerebras_jax.messages import shown
 from cerebras_jax.optim.guarding import Guard
@@ -322,7 +323,8 @@ def write(
             if place is None:
                 continue
             if place.row is None:
-                result[place.leaf] = pack(value) if key == MASK else value
+                new = pack(value) if key == MASK else value
+                result[place.leaf] = in_place_of(result[place.leaf], new)
             else:
                 rows.setdefault(place.leaf, {})[place.row] = value
     for leaf, values in rows.items():

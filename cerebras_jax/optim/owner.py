@@ -5,14 +5,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
 from cerebras_jax.checks import is_traced
 from cerebras_jax.donation import Donor
 from cerebras_jax.engine.hyper import NUMBER, normalize
-from cerebras_jax.engine.placement import home_of
+from cerebras_jax.engine.placement import home_of, in_place_of
 from cerebras_jax.formats.state_dict import check_keys
 from cerebras_jax.optim import numbers as group_numbers
 from cerebras_jax.optim.guarding import BOUNDS, SETTINGS, check_setting
@@ -142,6 +144,8 @@ class Owner(Stateful):
     def set_parameter(self, name: str, value: Array) -> None:
         """Replaces one parameter's value by another of its shape, in its dtype.
 
+        It lies where the old one does, unless it was put elsewhere with `jax.device_put`.
+
         Raises:
           KeyError: if no parameter has this name.
           ValueError: if the shape is another.
@@ -156,7 +160,8 @@ class Owner(Stateful):
                 )
             if is_traced(value) and not is_traced(old):
                 raise RuntimeError(OUTSIDE.format(name="the optimizer"))
-            value = jnp.asarray(value, old.dtype)
+            given = value if isinstance(value, jax.Array) else np.asarray(value)
+            value = jnp.asarray(in_place_of(old, given), old.dtype)
             if isinstance(self._sources[source], ModuleSource):
                 self._sources[source].variables[i].set_value(value)  # pyright: ignore
             else:

@@ -10,7 +10,7 @@ from jax.sharding import Sharding
 from cerebras_jax.checks import is_number
 from cerebras_jax.engine import rounding
 from cerebras_jax.engine.hyper import normalize, saturating_increment
-from cerebras_jax.engine.placement import Placement, Placements, beside
+from cerebras_jax.engine.placement import Placement, Placements, beside, in_place_of
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_known, load_shared
 from cerebras_jax.optim import clocks, entries, numbers
@@ -86,9 +86,9 @@ class PairOptimizer(Optimizer):
             is_whole = value.dtype != old.dtype
             top, low = rounding.split(value.astype(jnp.float32))
             super().set_parameter(name, top)
-            self._state[place.leaf] = (
-                low if is_whole else jnp.where(top == old, self._state[place.leaf], low)
-            )
+            kept = self._state[place.leaf]
+            low = low if is_whole else jnp.where(top == old, kept, low)
+            self._state[place.leaf] = in_place_of(kept, low)
 
     def full_precision(self) -> Any:
         """The parameters as float32 where ``rounding="exact"`` keeps what bfloat16 cannot."""

@@ -224,7 +224,11 @@ class Program:
         if plan.placement is not None:
             n = plan.state.num_leaves
             where = {"out_shardings": ([*plan.placement[:n]], [*plan.placement[n:]])}
-        self.run = jax.jit(functools.partial(_take_step, plan), donate_argnums=(0, 1), **where)
+
+        def step(state: list, params: list, inputs: Inputs) -> tuple[list[Array], list[Array]]:
+            return _take_step(plan, state, params, inputs)
+
+        self.run = jax.jit(step, donate_argnums=(0, 1), **where)
 
 
 _PROGRAMS: Programs[Plan, Program] = Programs(Program)

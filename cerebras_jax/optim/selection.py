@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from cerebras_jax.engine.trees import as_array, leaf_paths
+from cerebras_jax.engine.trees import leaf_paths, own_array
 from cerebras_jax.messages import shown
 
 Filter = str | Callable[[str, Any], bool]
@@ -143,7 +143,7 @@ def frozen_leaves(params: Any) -> list[Any]:
         return []
     chosen = set(params.names)
     pairs = zip(leaf_paths(params.tree), jax.tree.leaves(params.tree), strict=True)
-    return [as_array(x) if isinstance(x, np.ndarray) else x for n, x in pairs if n not in chosen]
+    return [own_array(x) if isinstance(x, np.ndarray) else x for n, x in pairs if n not in chosen]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cerebras_jax.engine.trees import align, as_array, check_distinct, check_params, leaf_paths
+from cerebras_jax.engine.trees import align, check_distinct, check_params, leaf_paths, own_array
 from cerebras_jax.optim.selection import Named, Selection
 from cerebras_jax.stateful import OUTSIDE
 from cerebras_jax.transforms.accumulate import Accumulation
@@ -224,7 +224,7 @@ def _checked(source: Source, leaves: list[Any]) -> tuple[Source, list[Array]]:
         raise ValueError("an optimizer got an empty parameter list")
     check_distinct(source.names)
     check_params(leaves, lambda: source.names)
-    return source, [as_array(x) for x in leaves]
+    return source, [own_array(x) for x in leaves]
 
 
 # --- the loss ------------------------------------------------------------------------------------
