@@ -111,7 +111,9 @@ class Placements:
 
 
 def _shardings(arrays: Sequence[Any]) -> list[Any]:
-    return [getattr(x, "sharding", None) for x in arrays]
+    """Those of all arrays; with one device the first speaks for all."""
+    looked_at = arrays if jax.device_count() > 1 else arrays[:1]
+    return [getattr(x, "sharding", None) for x in looked_at]
 
 
 def _spread(sharding: Any) -> NamedSharding | None:
