@@ -1,7 +1,12 @@
 """Values in error messages: short, whatever they are."""
 
+import inspect
 import reprlib
+import warnings
+from pathlib import Path
 from typing import Any
+
+_PACKAGE = f"{Path(__file__).parent}/"
 
 
 class _Short(reprlib.Repr):
@@ -37,3 +42,11 @@ def shortened(text: str, most: int = 600) -> str:
         return text
     half = (most - 5) // 2
     return f"{text[:half]} ... {text[-half:]}"
+
+
+def warn_caller(text: str) -> None:
+    """Warns at the line outside of this package that led here, however deep the calls are."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)

@@ -49,6 +49,9 @@ def state(
     >>> tuple(shardings[0].mu["w"].spec), tuple(shardings[0].count.spec)
     (('data',), ())
     """
+    if not isinstance(tx, optax.GradientTransformation):
+        kind = type(tx).__name__
+        raise TypeError(f"tx must be an optax pair, such as optim.adamw(lr=1e-3), got {kind}")
     mesh = _one_mesh(params)
     if zero_axis is not None and zero_axis not in mesh.axis_names:
         raise ValueError(f"zero_axis must be one of {[*mesh.axis_names]}, got {zero_axis!r}")
@@ -235,8 +238,10 @@ def _one_mesh(params: Any) -> Mesh | AbstractMesh:
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         sharding = getattr(x, "sharding", None)
         if not isinstance(sharding, NamedSharding):
-            name = jax.tree_util.keystr(path)
-            raise ValueError(f"parameter {name} must lie on a mesh (NamedSharding), got {sharding}")
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"parameter {name!r} must lie on a mesh (NamedSharding), got {sharding}"
+            )
         if sharding.mesh not in meshes:
             meshes.append(sharding.mesh)
     if len(meshes) != 1:

@@ -154,6 +154,12 @@ def test_wrappers_around(wrap):
     chex.assert_trees_all_close(opt.params, params, rtol=1e-5)
 
 
+def test_a_class_is_of_its_factorys_module():
+    made = optim.optimizer_of(optax.lion)
+    assert (made.__module__, made.__name__) == (optax.lion.__module__, "lion")
+    assert optim.optimizer_of(optax.nadamw).__module__ == optax.adamw.__module__
+
+
 def test_a_factory_of_ones_own():
     """Oracle: SAM's formula. A step to the edge of the ball, the gradient there, and back."""
 

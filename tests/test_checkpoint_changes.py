@@ -58,7 +58,7 @@ def path(tmp_path):
 def test_saved_values_win_and_are_listed(path):
     cjax.save(path, opt=come_far(adamw(lr=0.5, weight_decay=0.1)))
     opt = adamw(weight_decay=0.1)
-    message = r"taken from the checkpoint: opt/param_groups\[0\].lr: 0.001 -> 0.5"
+    message = r"taken from the checkpoint: .*\[0\].lr: 0.001 -> 0.5 \(hyper=\"mine\" keeps yours\)"
     with pytest.warns(UserWarning, match=message):
         found = cjax.restore(path, opt=opt)
     assert opt.param_groups[0]["lr"] == 0.5
@@ -72,6 +72,7 @@ def test_or_mine(path):
     with pytest.warns(UserWarning, match="kept, the checkpoint has others: .*lr"):
         found = cjax.restore(path, opt=opt, hyper="mine")
     assert (opt.param_groups[0]["lr"], opt.max_gradient_norm, found.overridden) == (1e-3, 2.0, ())
+    assert "opt/param_groups[0].lr: 0.001 (saved: 0.5)" in found.kept
 
 
 def test_nothing_is_said_of_what_schedulers_write(path):

@@ -139,6 +139,7 @@ def test_the_command_takes_the_latest_of_a_runs_folder(tmp_path):
     call = CliRunner().invoke(main, ["convert", *paths[:2]])
     assert call.exit_code == 2
     assert "names= must list them in the model's order" in call.output
+    assert "--target-names" in call.output
     call = CliRunner().invoke(main, ["convert", *paths[:2], "--target-names", paths[2]])
     assert call.exit_code == 0, call.output
     assert "step 10" in call.output

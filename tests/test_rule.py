@@ -453,6 +453,8 @@ def test_unknown_arguments_are_named():
         TypeError, match=r"adamw: .*'learning_rate'; the learning rate is called lr"
     ):
         optim.adamw(learning_rate=0.1)
+    with pytest.raises(TypeError, match="the learning rate is called learning_rate"):
+        optim.optimizer_of(optax.nadamw)(jnp.ones(3), lr=0.1)
     with pytest.raises(TypeError, match=r"adamw: .*'b1'; betas=\(b1, b2\)"):
         optim.adamw(b1=0.9, b2=0.95)
     with pytest.raises(TypeError, match="the parameters must be a tree of arrays.*found generator"):

@@ -407,8 +407,10 @@ def test_axes_and_places_that_there_are_not():
     params, _ = placed("zero")
     with pytest.raises(ValueError, match=r"zero_axis must be one of \['data'\], got 'dat'"):
         optim.AdamW(params, lr=0.1, zero_axis="dat")
-    with pytest.raises(ValueError, match=r"parameter .* must lie on a mesh"):
+    with pytest.raises(ValueError, match=r"parameter '[\w.]+' must lie on a mesh"):
         optim.AdamW(VALUES, lr=0.1, zero_axis="data")
+    with pytest.raises(TypeError, match=r"tx must be an optax pair, .*got AdamW"):
+        sharding.plan(optim.AdamW(params, lr=0.1), params)
     other = jax.device_put(VALUES["out"], NamedSharding(mesh((8,), ("x",)), WHOLE))
     with pytest.raises(ValueError, match="must lie on one mesh, got 2"):
         sharding.state(optax.adam(0.1), {"a": params["out"], "b": other})

@@ -517,6 +517,31 @@ def test_a_batch_in_parts_is_the_same_step(tmp_path, text):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+def test_the_option_of_parts_comes_before_the_optimizers(tmp_path, text):
+    config = {**CONFIG, "optimizer": {**CONFIG["optimizer"], "grad_accum_steps": 2}}
+    for options, parts in (((), 2), (("--grad-accum-steps", "1"), 1)):
+        folder = tmp_path / str(parts)
+        folder.mkdir()
+        result, out = invoke(folder, config, "--data", str(text), "--steps", "1", *options)
+        assert result.exit_code == 0, result.output
+        assert ("bytes in 2 parts" in result.output) == (parts == 2)
+        resolved = yaml.safe_load((out / "config.yaml").read_text())
+        assert resolved["train"]["grad_accum_steps"] == parts
+
+
+def test_losses_that_arrive_in_bunches_make_no_wild_speeds(tmp_path, text, monkeypatch):
+    class Bunches(LateLosses):
+        def __init__(self, tell):
+            seconds = {0: 60.0, 1: 2.0, 2: 1e-6, 3: 2.0}
+            super().__init__(lambda loss: tell(loss._replace(seconds=seconds[loss.step])))
+
+    monkeypatch.setattr(run, "LateLosses", Bunches)
+    result, out = invoke(tmp_path, CONFIG, "--data", str(text), "--steps", "4")
+    assert result.exit_code == 0, result.output
+    speeds = [r["tokens_per_s"] for r in read_metrics(out) if "loss" in r]
+    assert max(speeds[1:]) / min(speeds[1:]) < 2.1
+
+
 def test_a_batch_that_cannot_be_parted_is_refused(tmp_path, text):
     result, _ = invoke(tmp_path, CONFIG, "--data", str(text), "--grad-accum-steps", "7")
     assert result.exit_code != 0

@@ -148,10 +148,13 @@ def test_what_resume_refuses(tmp_path, text, whole):
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     other = tmp_path / "other.yaml"
     for change, message in (
-        ({"optimizer": {**CONFIG["optimizer"], "weight_decay": 0.2}}, "optimizer is .*, it was"),
+        (
+            {"optimizer": {**CONFIG["optimizer"], "weight_decay": 0.2}},
+            "optimizer.weight_decay is 0.2, it was 0.1",
+        ),
         (
             {"train": {**CONFIG["train"], "seed": 1}},
-            "train is .*only steps, eval_every, save_every",
+            "train.seed is 1, .*only steps, eval_every, save_every",
         ),
     ):
         other.write_text(yaml.safe_dump({**CONFIG, **change}))
@@ -162,6 +165,7 @@ def test_what_resume_refuses(tmp_path, text, whole):
         (["--resume", whole, "--out", tmp_path / "x"], "without --out"),
         (["--resume", tmp_path], "there is no run in this folder"),
         (["--resume", whole, "--data", other], "was trained on another text"),
+        (["--resume", whole, "--data", text, "--seed", 3], "train.seed is 3, it was 0 when"),
     ):
         result = invoke("--data", text, *arguments)
         assert result.exit_code == 2, result.output

@@ -83,7 +83,7 @@ class Report:
     Attributes:
       problems: why nothing can be restored.
       overridden: values of ours that were replaced: ``name: ours -> saved``.
-      kept: values of ours that stayed although the checkpoint has others.
+      kept: values of ours that stayed: ``name: ours (saved: theirs)``.
       filled: paths that the checkpoint lacks.
       unused: paths that only the checkpoint has.
       scheduled: the groups' keys, by id of the group, that a scheduler of the same call writes.
@@ -95,6 +95,13 @@ class Report:
     filled: list[str] = dataclasses.field(default_factory=list)
     unused: list[str] = dataclasses.field(default_factory=list)
     scheduled: set[tuple[int, str]] = dataclasses.field(default_factory=set)
+
+    def differs(self, name: str, mine: str, saved: str, took: bool) -> None:
+        """Notes a value that the checkpoint has otherwise, and whether it was taken over."""
+        if took:
+            self.overridden.append(f"{name}: {mine} -> {saved}")
+        else:
+            self.kept.append(f"{name}: {mine} (saved: {saved})")
 
 
 # --- saving ---------------------------------------------------------------------------------------

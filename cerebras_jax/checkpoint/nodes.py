@@ -29,9 +29,10 @@ class TreeNode(LeavesNode):
         found = trees.to_leaves(self.obj)
         for place, value in found.values.items():
             if not is_array(value) and not is_plain(value):
+                where = f"{self.where}{place.path}".rstrip("/")
                 raise TypeError(
-                    f"{self.where}{place.path} can not be stored: it must be an array, a number or "
-                    f"a string, got {shown(value)}"
+                    f"{where} can not be stored: it must be an array, a number or a string, got "
+                    f"{shown(value)}"
                 )
         return found
 
@@ -104,7 +105,7 @@ class StatefulNode(LeavesNode):
         for name, mine in self._attributes().items():
             theirs = about.get("attributes", {}).get(name, mine)
             if theirs != mine and options.hyper == "saved":
-                report.overridden.append(f"{self.where}{name}: {mine!r} -> {theirs!r}")
+                report.differs(f"{self.where}{name}", repr(mine), repr(theirs), took=True)
                 self._set[name] = unpack(theirs, str)
         return super().match(about, stored, options, report)
 
@@ -189,11 +190,9 @@ class SchedulerNode(ValueNode):
         for key in theirs:
             if key in ("last_epoch", "_last_lr", "_schedulers") or theirs[key] == ours.get(key):
                 continue
-            change = (
-                f"{self.where}{key}: {shown_packed(ours.get(key))} -> {shown_packed(theirs[key])}"
-            )
             took = options.hyper == "saved" and not isinstance(unpack(theirs[key], str), Text)
-            (report.overridden if took else report.kept).append(change)
+            mine, saved = shown_packed(ours.get(key)), shown_packed(theirs[key])
+            report.differs(f"{self.where}{key}", mine, saved, took)
         return wanted
 
     def load(self, arrays: Mapping[str, Any]) -> None:

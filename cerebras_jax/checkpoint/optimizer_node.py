@@ -85,17 +85,15 @@ class OptimizerNode(LeavesNode):
                     continue
                 if theirs[0] == ours.get(key):
                     continue
-                change = (
-                    f"{where}.{key}: {shown_packed(ours.get(key))} -> {shown_packed(theirs[0])}"
-                )
+                mine, saved = shown_packed(ours.get(key)), shown_packed(theirs[0])
                 took = options.hyper == "saved" and self._take(i, key, theirs[0])
-                (report.overridden if took else report.kept).append(change)
+                report.differs(f"{where}.{key}", mine, saved, took)
         for name, mine in self._bounds.items():
             theirs = about["bounds"].get(name)
             if theirs != pack(mine, name, None):
-                change = f"{self.where}{name}: {mine!r} -> {shown_packed(theirs)}"
-                (report.overridden if options.hyper == "saved" else report.kept).append(change)
-                if options.hyper == "saved":
+                took = options.hyper == "saved"
+                report.differs(f"{self.where}{name}", repr(mine), shown_packed(theirs), took)
+                if took:
                     self._bounds[name] = unpack(theirs, str)
 
     def _take(self, i: int, key: str, packed: Any) -> bool:

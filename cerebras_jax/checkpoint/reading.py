@@ -252,5 +252,7 @@ def _tell(path: Path, report: Report) -> None:
         ("not in the checkpoint, kept", report.filled),
     ]
     lines = [f"{what}: {'; '.join(items)}" for what, items in parts if items]
+    if report.overridden:
+        lines[0] += ' (hyper="mine" keeps yours)'
     if lines:
         warnings.warn(f"restored {path}. " + ". ".join(lines), stacklevel=4)

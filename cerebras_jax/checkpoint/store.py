@@ -64,7 +64,8 @@ def read_text(path: Path) -> str:
     file = path / _DESCRIPTION
     if not is_written(path):
         steps = sorted((x.name for x in path.glob("*") if x.name.isdecimal()), key=int)
-        hint = f"; it has steps {', '.join(steps[-5:])}" if steps else ""
+        hint = f"; it has steps {', '.join(steps[-5:])}, each a checkpoint: " if steps else ""
+        hint += f"give {path.name}/{steps[-1]}, or use cerebras_jax.Checkpoints" if steps else ""
         raise CheckpointError(f"{path} is no checkpoint, or lacks its description{hint}")
     with _damage(path):
         found = json.loads(file.read_text("utf-8")).get("custom_metadata")

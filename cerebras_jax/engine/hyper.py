@@ -63,9 +63,17 @@ def bind(
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        hints = {"learning_rate": "the learning rate is called lr", "b1": "betas=(b1, b2)"}
+        hints = [
+            ("learning_rate", "lr", "the learning rate is called lr"),
+            ("lr", "learning_rate", "the learning rate is called learning_rate"),
+            ("b1", "betas", "betas=(b1, b2)"),
+        ]
         hint = "".join(
-            f"; {hints[key]}" for key in hints if key in kwargs and key not in signature.parameters
+            f"; {text}"
+            for given, ours, text in hints
+            if given in kwargs
+            and given not in signature.parameters
+            and ours in signature.parameters
         )
         raise TypeError(f"{name}: {error}{hint}") from None
     bound.apply_defaults()

@@ -160,7 +160,8 @@ class Run:
             if self.groups and not self.ordered:
                 raise ValueError(
                     "the file tells parameters apart by their order in the model, and these are in "
-                    "the order of a dict: names= must list them in the model's order"
+                    "the order of a dict: names= must list them in the model's order "
+                    "(of cerebras-jax convert: --target-names, a file with one name a line)"
                 )
             return self
         run = self._ordered_by(names)

@@ -2,8 +2,7 @@
 
 import difflib
 import itertools
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cerebras_jax.checks import is_number, is_traced
-from cerebras_jax.messages import shown
+from cerebras_jax.messages import shown, warn_caller
 from cerebras_jax.schedules import Schedule
 
 _BOOKKEEPING = {"params", "param_names"}
@@ -84,7 +83,7 @@ def match_parameters(state_dict: Mapping[str, Any], ours: Sequence[Group]) -> Ma
     return Match(groups, entries, bool(state), by_order)
 
 
-def with_names(state_dict: Any, param_names: Sequence[str] | None) -> Any:
+def with_names(state_dict: Any, param_names: Iterable[str] | None) -> Any:
     """A state dict whose groups have these ``param_names``, group after group.
 
     Raises:
@@ -93,9 +92,13 @@ def with_names(state_dict: Any, param_names: Sequence[str] | None) -> Any:
     if param_names is None:
         return state_dict
     loaded, _ = checked_layout(state_dict)
+    param_names = param_names if isinstance(param_names, str) else list(param_names)
     count, names = sum(len(group["params"]) for group in loaded), iter(param_names)
     if isinstance(param_names, str) or len(param_names) != count:
-        raise ValueError(f"param_names must be the {count} names of the state dict's parameters")
+        raise ValueError(
+            f"param_names must be the {count} names of the state dict's parameters, got "
+            f"{shown(param_names)}"
+        )
     groups = [{**g, "param_names": list(itertools.islice(names, len(g["params"])))} for g in loaded]
     return {**state_dict, "param_groups": groups}
 
@@ -121,11 +124,10 @@ def warn_of_order(groups: Sequence[Sequence[str]], entries: Mapping[str, Entry])
             if not all(_is_listed_before(a, b) for a, b in itertools.pairwise(names)):
                 doubtful += names
     if doubtful:
-        warnings.warn(
+        warn_caller(
             "the state dict has no names of parameters, so their order told which state is whose, "
             f"and ours is sorted: {shown(doubtful)} have the same shapes and may have each "
-            "other's states; load_state_dict(..., param_names=[...]) says the state dict's order",
-            stacklevel=4,
+            "other's states; load_state_dict(..., param_names=[...]) says the state dict's order"
         )
 
 
@@ -147,7 +149,10 @@ def checked_layout(state_dict: Any) -> tuple[list[Group], dict[int, Entry]]:
         raise TypeError(f"a state dict is a dict, got {type(state_dict).__name__}")
     for key in ("state", "param_groups"):
         if key not in state_dict:
-            raise ValueError(f"a state dict has the keys 'state' and 'param_groups', no {key!r}")
+            raise ValueError(
+                f"a state dict has the keys 'state' and 'param_groups', no {key!r}; got "
+                f"{shown(list(state_dict))}"
+            )
     loaded, state = state_dict["param_groups"], state_dict["state"]
     if not isinstance(loaded, list | tuple):
         raise TypeError(f"'param_groups' must be a list of dicts, got {shown(loaded)}")
@@ -242,10 +247,9 @@ def _by_position(
             names = list(found)
         by_name |= dict(zip(names, numbers, strict=True))
     if their_names:
-        warnings.warn(
+        warn_caller(
             "the state dict's param_names are not ours, so it is matched by position: "
-            f"{list(their_names)[:3]} ... as {list(by_name)[:3]} ...",
-            stacklevel=4,
+            f"{list(their_names)[:3]} ... as {list(by_name)[:3]} ..."
         )
     return by_name
 
@@ -300,7 +304,7 @@ def _load_one(key: str, name: str, value: Any, like: Any) -> Any:
     if array.shape != np.shape(like):
         raise ValueError(
             f"state {key!r} of parameter {name!r} has shape {array.shape}, "
-            f"expected {np.shape(like)}; without param_names, position decides which is which"
+            f"expected {np.shape(like)}; parameters are matched by param_names, else by position"
         )
     if jnp.issubdtype(array.dtype, jnp.complexfloating) and not jnp.iscomplexobj(like):
         raise TypeError(
@@ -382,9 +386,7 @@ def with_functions(value: Any, ours: Any) -> Any:
     """A loaded value, with ours where a function was saved: None or its repr stand for it."""
     if is_repr(value) and (callable(ours) or is_number(ours)):
         if value != repr(ours):
-            warnings.warn(
-                f"{value} was saved, which only a program can hold; {ours!r} is kept", stacklevel=6
-            )
+            warn_caller(f"{value} was saved, which only a program can hold; {ours!r} is kept")
         return ours
     if isinstance(value, list | tuple) and isinstance(ours, list | tuple):
         if len(value) == len(ours):

@@ -92,6 +92,7 @@ def _class_of(factory: Callable[..., Any]) -> type[ShellOptimizer]:
     attributes = {
         "maker": ForeignMaker(factory),
         "pure": staticmethod(factory),
+        "__module__": getattr(getattr(factory, "func", factory), "__module__", __name__),
         "__doc__": f"`{name}` as a class that owns its parameters; see `optimizer_of`.\n\n"
         f"{inspect.getdoc(factory) or ''}",
     }

@@ -1,6 +1,5 @@
 """Which array of an optimizer's state belongs to which parameter, and under which name."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.placement import in_place_of
 from cerebras_jax.engine.trees import path_name
-from cerebras_jax.messages import shown
+from cerebras_jax.messages import shown, warn_caller
 from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.sparse.masking import find_state, is_on, pack
 from cerebras_jax.transforms.grouped import GroupedState
@@ -181,7 +180,7 @@ def with_our_low_bits(
         (dropped, "has {}, which rounding='exact' keeps: they are dropped for {}"),
     ):
         if names:
-            warnings.warn("the state dict " + what.format(LOW_BITS, shown(names)), stacklevel=6)
+            warn_caller("the state dict " + what.format(LOW_BITS, shown(names)))
     return result
 
 

@@ -311,7 +311,7 @@ class Optimizer(Owner, ABC):
             return {**layout, "optimizer": self.rule_name, **bounds}
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any], param_names: Sequence[str] | None = None
+        self, state_dict: Mapping[str, Any], param_names: Iterable[str] | None = None
     ) -> None:
         """Takes over state and group values; all or, on an error, nothing.
 
@@ -333,8 +333,11 @@ class Optimizer(Owner, ABC):
           ValueError: says who wrote it, or names what is missing, unexpected, of another shape,
             or out of range.
         """
-        if param_names is not None and sorted(param_names) != sorted(self._names):
-            raise ValueError(f"param_names must be {shown(list(self._names))}, got {param_names}")
+        if param_names is not None:
+            param_names = list(param_names)
+            if sorted(param_names) != sorted(self._names):
+                given = shown(param_names)
+                raise ValueError(f"param_names must be {shown(list(self._names))}, got {given}")
         with self.lock:
             match = match_parameters(with_names(state_dict, param_names), self.param_groups)
             check_rule(state_dict, self.rule_name)

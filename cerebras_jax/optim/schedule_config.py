@@ -218,7 +218,7 @@ def _entry(entry: Any, base: type[Scheduler], where: str) -> ScheduleConfig:
     arguments = arguments_of(cls, values, {"optimizer"}, where)
     missing = missing_arguments(cls, arguments, {"optimizer"})
     if missing:
-        raise ValueError(f"{where}: {cls.__name__} needs {missing}, got {sorted(arguments)}")
+        raise ValueError(f"{where}: {cls.__name__} needs {missing}, got {sorted(values)}")
     return _checked(ScheduleConfig(cls, arguments, (), where))
 
 

@@ -1,6 +1,6 @@
 """Sparse training in the class form: masks in the state, and in state dicts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -122,14 +122,15 @@ class SparseOptimizer(WatchedOptimizer):
             return {**result, "sparsity": layout(self._masks(), self._sparsity, int(step))}
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any], param_names: Sequence[str] | None = None
+        self, state_dict: Mapping[str, Any], param_names: Iterable[str] | None = None
     ) -> None:
         """See `Optimizer.load_state_dict`; a sparse optimizer takes over masks, and is pruned.
 
         Masks are matched by the names of their parameters in the state dict.
         """
+        names = None if param_names is None else list(param_names)
         with self.lock:
-            super().load_state_dict(self._with_masks(with_names(state_dict, param_names)))
+            super().load_state_dict(self._with_masks(with_names(state_dict, names)), names)
             self._prune()
 
     def _with_masks(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """The command line: ``cerebras-jax train``."""
 
 import contextlib
+import dataclasses
 import importlib.resources
 import sys
 import warnings
@@ -181,10 +182,19 @@ def _check_same(stored: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
     )
     for key in dict.fromkeys([*theirs, *ours]):
         if ours.get(key) != theirs.get(key):
+            key, mine, before = _difference(key, ours.get(key), theirs.get(key))
             raise ValueError(
-                f"--resume: {key} is {shown(ours.get(key))}, it was {shown(theirs.get(key))} when "
-                f"the run was begun; only {', '.join(_MAY_DIFFER)} may differ"
+                f"--resume: {key} is {shown(mine)}, it was {shown(before)} when the run was begun; "
+                f"only {', '.join(_MAY_DIFFER)} may differ"
             )
+
+
+def _difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """The first value in which two configurations differ, by its dotted name."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        key = next(k for k in {**theirs, **ours} if ours.get(k) != theirs.get(k))
+        return _difference(f"{name}.{key}", ours.get(key), theirs.get(key))
+    return name, ours, theirs
 
 
 @main.command("inspect")
@@ -215,6 +225,8 @@ def _load(
         click.echo(f"Not used: {', '.join(unused)}; see --steps and --batch-size", err=True)
     settings = TrainSettings.from_config(values.get("train"), **given)
     recipe = _quiet_recipe(values)
+    if "grad_accum_steps" not in {**(values.get("train") or {}), **given}:
+        settings = dataclasses.replace(settings, grad_accum_steps=recipe.grad_accum_steps)
     return Run(recipe, settings, data.load_text(text)), {**values, "train": vars(settings)}
 
 

@@ -73,6 +73,7 @@ class Reporter:
             self.task = self.progress.add_task("compiling", total=steps)
         before = self.records[-1]["seconds"] if self.records else 0.0
         self.start = time.perf_counter() - before
+        self.first: tuple[float, int] | None = None  # when which step was done; it was compiled
 
     def __enter__(self) -> "Reporter":
         if self.progress:
@@ -98,6 +99,8 @@ class Reporter:
         values["seconds"] = round(now - self.start, 3)
         self.records.append(values)
         self.steps_done += "loss" in values
+        if self.first is None and "loss" in values:
+            self.first = values["seconds"], values["step"]
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
@@ -113,10 +116,11 @@ class Reporter:
             self.console.print(f"{text}{self._time_left(values)}")
 
     def _time_left(self, values: dict[str, Any]) -> str:
-        done = values["step"] + 1
-        if "loss" not in values or done in (1, self.steps):  # the first step compiles
+        if self.first is None or "loss" not in values:
             return ""
-        return f"  left {values['seconds'] / done * (self.steps - done):.0f} s"
+        since, done = values["seconds"] - self.first[0], values["step"] - self.first[1]
+        left = self.steps - values["step"] - 1
+        return f"  left {since / done * left:.0f} s" if done and left else ""
 
 
 def density(opt: Optimizer) -> dict[str, float]:

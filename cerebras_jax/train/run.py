@@ -1,5 +1,6 @@
 """The training run itself, as a user would write it: the class form in one compiled program."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -55,7 +56,7 @@ class TrainSettings:
     """Everything about a run that is not the optimizer: the section ``train`` of a config.
 
     A checkpoint is written every ``save_every`` steps and at the end; with 0, never. Batches are
-    computed in ``grad_accum_steps`` parts, or, with 1, in as many as the optimizer's section says.
+    computed in ``grad_accum_steps`` parts.
     """
 
     steps: int = 500
@@ -190,7 +191,7 @@ class Run:
         if "measure_gradients" in self.opt.settings:
             self.opt.measure_gradients = True  # pyright: ignore
         self.scaler = recipe.scaler()
-        self.parts = Parts(_parts(recipe, settings))
+        self.parts = Parts(settings.grad_accum_steps)
         self.scheduled = {
             key: recipe.schedule(key) for key in ("lr", "weight_decay") if recipe.has(key)
         }
@@ -255,18 +256,6 @@ class Run:
         return gpt.generate(self.model, b"def ", 300, key, 0.8).decode("utf-8", "replace")
 
 
-def _parts(recipe: Recipe, settings: TrainSettings) -> int:
-    number = settings.grad_accum_steps
-    if number == 1:
-        number = recipe.grad_accum_steps
-    if settings.batch_size % number:
-        raise ValueError(
-            f"train.batch_size must be a multiple of grad_accum_steps, got "
-            f"{settings.batch_size}, {number}"
-        )
-    return number
-
-
 class Interrupts:
     """Counts Ctrl-C and SIGTERM instead of ending, so that a run stops between two steps.
 
@@ -322,6 +311,7 @@ def train(
         f"{report.printable(run.text.source)}; GPT with {run.size:,} parameters; "
         f"{type(run.opt).__name__}; {settings.steps} steps of {settings.batch_size} x "
         f"{settings.context} bytes"
+        + (f" in {run.parts.number} parts" if run.parts.number > 1 else "")
     )
     interrupts = Interrupts()
     stopped: BaseException | None = None
@@ -351,6 +341,7 @@ def _loop(
 ) -> None:
     settings = run.settings
     tokens_per_step = settings.batch_size * settings.context
+    recent: collections.deque[float] = collections.deque(maxlen=8)  # losses may arrive in bunches
 
     def report_loss(loss: Loss) -> None:
         # Steps that were not taken do not count for the schedules.
@@ -367,6 +358,7 @@ def _loop(
         seen = {k: v for k, v in loss.more.items() if k in ("gradient_norm", "loss_scale")}
         if skipped:
             seen["skipped_steps"] = skipped
+        recent.append(loss.seconds)
         reporter.record(
             show=loss.step % max(settings.steps // 20, 1) == 0 or loss.step == settings.steps - 1,
             at=loss.time,
@@ -374,8 +366,10 @@ def _loop(
             loss=loss.value,
             **numbers,
             **seen,
-            tokens_per_s=tokens_per_step / loss.seconds,
+            tokens_per_s=tokens_per_step * len(recent) / sum(recent),
         )
+        if loss.step == start:  # it was compiled
+            recent.clear()
 
     with LateLosses(report_loss) as losses:
         try:

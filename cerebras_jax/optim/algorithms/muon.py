@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from cerebras_jax.axes import EXAMPLES, Layout, check_axes
 from cerebras_jax.checks import check, check_choice, check_flag, check_pair, check_whole
-from cerebras_jax.messages import shown
+from cerebras_jax.messages import shown, warn_caller
 from cerebras_jax.optim.algorithms.newton_schulz import (
     Triple,
     newton_schulz,
@@ -230,8 +229,7 @@ class Muon(Optimizer.of(muon, enable_global_step=True)):
             if ranks[name] == 2 and has_outer_name(name)
         ]
         if outer:
-            warnings.warn(
+            warn_caller(
                 f"Muon is not for embeddings and output layers, as {outer[:5]} seem to be; "
-                "optim.muon_groups leaves them to Adam, use_muon=True keeps them here",
-                stacklevel=2,
+                "optim.muon_groups leaves them to Adam, use_muon=True keeps them here"
             )
