@@ -1,31 +1,23 @@
 """One of several processes that train together; see test_processes.py."""
 
-# ruff: noqa: E402 - what the processes share is set before JAX starts
-
 import os
 import sys
 
-ME, COUNT, PORT, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // COUNT}"
-
 import jax
-
-if COUNT > 1:
-    jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, ME)
-
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cerebras_jax as cjax
 from cerebras_jax import optim, sharding
 
-MESH = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 START = {"bias": np.ones(8, np.float32), "kernel": np.linspace(-1, 1, 32, dtype=np.float32)}
 
 
 def put(x, *spec):
-    where = NamedSharding(MESH, PartitionSpec(*spec))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    where = NamedSharding(mesh, PartitionSpec(*spec))
     return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 
@@ -51,14 +43,14 @@ def report(opt, sched):
     print("result", cjax.fingerprint(opt.state_dict()["state"]), cjax.fingerprint(opt.params))
 
 
-def train():
+def train(me, folder):
     opt, sched = new()
     for i in range(3):
         step(opt, sched, batch(i))
     loaded, other = new()
     loaded.load_state_dict(on_host(opt.state_dict()))
     other.load_state_dict(sched.state_dict())
-    cjax.save(f"{FOLDER}/saved", opt=opt, sched=sched)
+    cjax.save(f"{folder}/saved", opt=opt, sched=sched)
     print("restored", cjax.fingerprint(opt.state_dict()["state"]), cjax.fingerprint(opt.params))
     for i in range(3, 6):
         step(opt, sched, batch(i))
@@ -69,8 +61,6 @@ def train():
 
 def on_host(tree):
     """A state dict in the memory of this process."""
-    from jax.experimental import multihost_utils
-
     return jax.tree.map(
         lambda x: (
             multihost_utils.process_allgather(x, tiled=True)
@@ -82,22 +72,22 @@ def on_host(tree):
     )
 
 
-def resume():
+def resume(me, folder):
     opt, sched = new()
-    cjax.restore(f"{FOLDER}/saved", opt=opt, sched=sched)
+    cjax.restore(f"{folder}/saved", opt=opt, sched=sched)
     print("restored", cjax.fingerprint(opt.state_dict()["state"]), cjax.fingerprint(opt.params))
     for i in range(3, 6):
         step(opt, sched, batch(i))
     report(opt, sched)
 
 
-def differ():
+def differ(me, folder):
     opt, _ = new()
-    opt.param_groups[0]["lr"] = 0.1 * (1 + ME)
+    opt.param_groups[0]["lr"] = 0.1 * (1 + me)
     for what, attempt in {
         "check": lambda: sharding.check_processes(opt),
-        "save": lambda: cjax.save(f"{FOLDER}/differs", opt=opt),
-        "construct": lambda: optim.SGD(opt.params, lr=0.1 * (1 + ME)),
+        "save": lambda: cjax.save(f"{folder}/differs", opt=opt),
+        "construct": lambda: optim.SGD(opt.params, lr=0.1 * (1 + me)),
         "load": lambda: opt.load_state_dict(
             {**new()[0].state_dict(), "param_groups": opt.state_dict()["param_groups"]}
         ),
@@ -108,4 +98,14 @@ def differ():
             print("refused", what, error)
 
 
-{"train": train, "resume": resume, "differ": differ}[sys.argv[5]]()
+if __name__ == "__main__":
+    what, folder, port = sys.argv[1:4]
+    me, count = map(int, sys.argv[4:6])
+    # On CPU, programs that were dispatched at once may communicate in another order elsewhere.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if count > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", count, me, heartbeat_timeout_seconds=600)
+    {"train": train, "resume": resume, "differ": differ}[what](me, folder)
+    multihost_utils.sync_global_devices("done")
+    print("done", flush=True)
+    os._exit(0)  # a busy machine must not fail in taking leave

@@ -510,7 +510,7 @@ def test_programs_die_with_their_optimizer():
     first_one = None
     for k in range(40):
         opt = optim.SGD({"w": jnp.ones(2)}, lr=schedules.linear(1e-3 * (k + 1), 0.0, 100))
-        plan = opt._program(opt._arguments()[1], (), ())
+        plan = opt._program(opt._arguments(None)[1], (), (), None)
         first_one = first_one or weakref.ref(plan)
     del opt, plan
     assert first_one() is None
@@ -524,5 +524,5 @@ def test_patterns_of_missing_gradients_make_a_bounded_number_of_programs():
     before = live_programs()
     for pattern in range(1, 200):
         absent = tuple(i for i in range(8) if pattern >> i & 1)
-        opt._program(opt._arguments()[1], absent, ())
+        opt._program(opt._arguments(None)[1], absent, (), None)
     assert live_programs() <= before + 64

@@ -47,7 +47,7 @@ def beside(tree: Any, home: Sharding | None) -> Any:
     """
     if home is None:
         return tree
-    return jax.tree.map(lambda x: _put(x, home) if _is_adrift(x) else x, tree)
+    return jax.tree.map(lambda x: copy_to(x, home) if _is_adrift(x) else x, tree)
 
 
 def in_place_of(old: Any, new: Any) -> Any:
@@ -60,11 +60,11 @@ def in_place_of(old: Any, new: Any) -> Any:
     is_host = isinstance(new, np.ndarray)
     is_placed = isinstance(old, jax.Array) and not is_traced(old) and old.committed
     if is_placed and (is_host or _is_adrift(new)) and new.shape == old.shape:
-        return _put(new, old.sharding)
+        return copy_to(new, old.sharding)
     return jnp.array(new) if is_host else new
 
 
-def _put(x: Any, where: Sharding) -> Any:
+def copy_to(x: Any, where: Sharding) -> Any:
     """A copy: steps give away what they hold, and `device_put` alone may share the buffer of x."""
     if where.is_fully_addressable:
         return jax.device_put(x.copy(), where)

@@ -84,8 +84,8 @@ class Run:
         run = cls(params, schedulers=list(schedulers), step=step, ordered=ordered, **rest)
         if optimizer is None:
             return run
-        run.rule = optimizer.get("optimizer")
         groups, entries = checked_layout(optimizer)
+        run.rule = optimizer.get("optimizer")
         state = {number: dict(entry) for number, entry in entries.items()}
         found = name_parameters(groups, state, params, names, ordered)
         for group, members in zip(groups, found, strict=True):

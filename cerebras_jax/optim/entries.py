@@ -12,7 +12,7 @@ import optax
 from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
-from cerebras_jax.engine.placement import in_place_of
+from cerebras_jax.engine.placement import copy_to, in_place_of
 from cerebras_jax.engine.trees import path_name
 from cerebras_jax.messages import shown, warn_caller
 from cerebras_jax.optim.guarding import Guard
@@ -340,7 +340,7 @@ def _with_rows(vector: Array, values: Mapping[int, Any]) -> Array:
     for row, value in values.items():
         host[row] = _as_entry(np.asarray(value), host.dtype)
     is_placed = isinstance(vector, jax.Array) and vector.committed
-    return jax.device_put(host, vector.sharding) if is_placed else jnp.asarray(host)
+    return copy_to(host, vector.sharding) if is_placed else jnp.asarray(host)
 
 
 def _as_entry(value: Any, dtype: Any) -> Any:

@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 
 from cerebras_jax.checks import is_number, is_traced
 from cerebras_jax.engine.hyper import NUMBER, is_constant_zero
-from cerebras_jax.engine.placement import beside
+from cerebras_jax.engine.placement import beside, copy_to
 from cerebras_jax.stateful import Slot, freeze, unslotted
 from cerebras_jax.types import Array
 
@@ -109,7 +109,7 @@ def as_argument(x: Any, home: Sharding | None = None) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _at_home(x: float, dtype: Any, home: Sharding) -> Array:
     with jax.ensure_compile_time_eval():
-        return jax.device_put(np.asarray(x, dtype), home)
+        return copy_to(np.asarray(x, dtype), home)
 
 
 @functools.lru_cache(maxsize=1024)
