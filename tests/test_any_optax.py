@@ -5,6 +5,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -177,6 +178,30 @@ def test_a_factory_of_ones_own():
         opt.step(lambda p: jnp.sum(p**4))
     edge = p + 0.5 * p**3 / np.linalg.norm(p**3)
     np.testing.assert_allclose(opt.params, p - 0.1 * 4 * edge**3, rtol=1e-5)
+
+
+class Masked(NamedTuple):
+    mask: Any
+
+
+def test_a_state_called_mask_is_its_pairs_own():
+    """Only those of sparse training are packed bits."""
+
+    def halving(learning_rate):
+        def update(grads, state, params=None):
+            new = jax.tree.map(lambda m: m / 2, state.mask)
+            return jax.tree.map(lambda g: -learning_rate * g, grads), Masked(new)
+
+        return optax.GradientTransformation(
+            lambda params: Masked(jax.tree.map(jnp.ones_like, params)), update
+        )
+
+    opt = optim.optimizer_of(halving)({"w": jnp.ones(2)}, learning_rate=0.1)
+    opt.step({"w": jnp.ones(2)})
+    np.testing.assert_array_equal(opt.state["w"]["mask"], [0.5, 0.5])
+    twin = optim.optimizer_of(halving)({"w": jnp.ones(2)}, learning_rate=0.1)
+    twin.load_state_dict(opt.state_dict())
+    np.testing.assert_array_equal(twin.state["w"]["mask"], [0.5, 0.5])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import optax
 from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
-from cerebras_jax.engine.placement import copy_to, in_place_of
+from cerebras_jax.engine.placement import in_place_of
 from cerebras_jax.engine.trees import path_name
 from cerebras_jax.messages import shown, warn_caller
 from cerebras_jax.optim.guarding import Guard
@@ -26,10 +26,16 @@ SPARSE_STEP = "sparsity.step"  # and the path of the steps that masks go by
 
 
 class Place(NamedTuple):
-    """Where a value lies: a leaf of the state, or one entry of a leaf that is a vector."""
+    """Where a value lies: a leaf of the state, or one entry of a leaf that is a vector.
+
+    Attributes:
+      leaf, row: the leaf, and the entry; None: all of the leaf.
+      is_packed: whether the leaf has the bits of a mask of `sparsify`; see `pack`.
+    """
 
     leaf: int
     row: int | None = None
+    is_packed: bool = False
 
 
 class Catalogue(NamedTuple):
@@ -138,9 +144,10 @@ def _add_masks(
     """Takes what belongs to `sparsify` out of what is shared."""
     node = find_state(state)
     masks = zip(names.values(), params.flatten_up_to(node.bits), strict=True)
-    places = {n: Place(index[id(m)]) for n, m in masks if id(m) in index}
+    places = {n: Place(index[id(m)], is_packed=True) for n, m in masks if id(m) in index}
     step = Place(index[id(node.step)])
-    for path in [k for k, v in shared.items() if v in (*places.values(), step)]:
+    mine = {place.leaf for place in (*places.values(), step)}
+    for path in [k for k, v in shared.items() if v.leaf in mine]:
         del shared[path]
     shared[SPARSE_STEP] = step
     for name, place in places.items():
@@ -245,8 +252,7 @@ def read(
       places: e.g. those of one parameter.
       host: vectors that were already brought to the host, by leaf; it is added to.
     """
-    values = {key: _value(leaves, place, host) for key, place in places.items()}
-    return {key: is_on(value) if key == MASK else value for key, value in values.items()}
+    return {key: _value(leaves, place, host) for key, place in places.items()}
 
 
 def named(leaves: Sequence[Array], catalogue: Catalogue) -> NamedState:
@@ -255,9 +261,10 @@ def named(leaves: Sequence[Array], catalogue: Catalogue) -> NamedState:
     states: dict[str, dict[str, Any]] = {name: {} for name in catalogue.of}
     clocks: dict[str, dict[str, Any]] = {}
     for name, places in catalogue.of.items():
-        for key, (leaf, row) in places.items():
+        for key, place in places.items():
+            leaf, row, _ = place
             if row is None:
-                states[name][key] = is_on(leaves[leaf]) if key == MASK else leaves[leaf]
+                states[name][key] = _whole(leaves, place)
                 continue
             if leaf not in host:
                 host[leaf] = np.asarray(leaves[leaf])
@@ -291,11 +298,16 @@ class StateView(Mapping[str, Mapping[str, Any]]):
 def _value(leaves: Sequence[Array], place: Place, host: dict[int, Any]) -> Any:
     leaf = leaves[place.leaf]
     if place.row is None:
-        return leaf
+        return _whole(leaves, place)
     if place.leaf not in host:  # it will be read element by element
         host[place.leaf] = leaf if is_traced(leaf) or not is_whole(leaf) else np.asarray(leaf)
     entry = host[place.leaf][place.row]
     return _as_step(entry) if jnp.issubdtype(entry.dtype, jnp.integer) else entry
+
+
+def _whole(leaves: Sequence[Array], place: Place) -> Array:
+    leaf = leaves[place.leaf]
+    return is_on(leaf) if place.is_packed else leaf
 
 
 def _as_step(count: Any) -> Any:
@@ -322,7 +334,7 @@ def write(
             if place is None:
                 continue
             if place.row is None:
-                new = pack(value) if key == MASK else value
+                new = pack(value) if place.is_packed else value
                 result[place.leaf] = in_place_of(result[place.leaf], new)
             else:
                 rows.setdefault(place.leaf, {})[place.row] = value
@@ -339,8 +351,7 @@ def _with_rows(vector: Array, values: Mapping[int, Any]) -> Array:
     host = np.array(vector)
     for row, value in values.items():
         host[row] = _as_entry(np.asarray(value), host.dtype)
-    is_placed = isinstance(vector, jax.Array) and vector.committed
-    return copy_to(host, vector.sharding) if is_placed else jnp.asarray(host)
+    return in_place_of(vector, host)
 
 
 def _as_entry(value: Any, dtype: Any) -> Any:

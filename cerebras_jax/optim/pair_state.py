@@ -198,8 +198,12 @@ class PairOptimizer(Optimizer):
             return True
         return any(callable(x) for x in jax.tree.leaves(self._hyper(group), is_leaf=callable))
 
+    def _mask_keys(self) -> tuple[str, ...]:
+        """The names of states that are masks of ours; a pair may call one of its own so."""
+        return (entries.MASK,) if self._is_sparse else ()
+
     def _entries(self) -> dict[str, dict[str, Any]]:
-        return entries.without(self.state, entries.MASK)
+        return entries.without(self.state, *self._mask_keys())
 
     def _full_entries(self) -> dict[str, dict[str, Any]]:
         host: dict[int, Any] = {}
@@ -207,8 +211,7 @@ class PairOptimizer(Optimizer):
         return {name: entries.read(self._state, places, host) for name, places in of.items()}
 
     def _set_entries(self, given: Mapping[str, Mapping[str, Any]]) -> None:
-        written = entries.write(self._state, self._catalogue(), given)
-        self._state = beside(written, self._home())
+        self._state = entries.write(self._state, self._catalogue(), given)
         self._same = None
 
     def _shared(self) -> dict[str, Any]:
@@ -223,7 +226,8 @@ class PairOptimizer(Optimizer):
         known = self._catalogue()
         for places, values in ((known.shared, shared), (known.guard, seen)):
             for path in places.keys() & values.keys():
-                self._state[places[path].leaf] = beside(values[path], self._home())
+                leaf = places[path].leaf
+                self._state[leaf] = in_place_of(self._state[leaf], values[path])
 
     def _check_new_attribute(self, name: str) -> None:
         super()._check_new_attribute(name)
@@ -316,7 +320,7 @@ class PairOptimizer(Optimizer):
         """
         with self.lock:
             names = self._grouped_names() if param_names is None else list(param_names)
-            mine = entries.without(self._full_entries(), entries.MASK, entries.LOW_BITS)
+            mine = entries.without(self._full_entries(), entries.LOW_BITS, *self._mask_keys())
             return torch_format.to_torch_state_dict(self._dialect(), self.param_groups, mine, names)
 
     # --- the parts that change, for jit and trace ------------------------------------------------

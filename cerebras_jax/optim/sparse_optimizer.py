@@ -15,7 +15,7 @@ from cerebras_jax.optim.makers import RuleMaker
 from cerebras_jax.optim.masking import Masking
 from cerebras_jax.optim.watched import WatchedOptimizer
 from cerebras_jax.sparse.entries import layout
-from cerebras_jax.sparse.masking import fraction_on, holds_masks, is_on, select
+from cerebras_jax.sparse.masking import fraction_on, holds_masks, select
 from cerebras_jax.sparse.selection import Groups, Sparsity
 from cerebras_jax.types import Array
 
@@ -95,8 +95,7 @@ class SparseOptimizer(WatchedOptimizer):
         """The masks of the sparse parameters."""
         of = self._catalogue().of
         places = {name: of[name][MASK] for name in self._names if MASK in of[name]}
-        packed = entries.read(self._state, places, {})
-        return {name: is_on(bits) for name, bits in packed.items()}
+        return entries.read(self._state, places, {})
 
     def _prune(self) -> None:
         masks = self._masks()
