@@ -1,5 +1,6 @@
 """Values in error messages: short, whatever they are."""
 
+import importlib
 import inspect
 import reprlib
 import warnings
@@ -42,6 +43,18 @@ def shortened(text: str, most: int = 600) -> str:
         return text
     half = (most - 5) // 2
     return f"{text[:half]} ... {text[-half:]}"
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """A module of an optional package.
+
+    Raises:
+      ImportError: says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{error}; pip install 'cerebras_jax[{extra}]'") from None
 
 
 def warn_caller(text: str) -> None:

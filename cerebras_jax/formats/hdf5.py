@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from cerebras_jax.messages import import_extra
+
 _FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf", 32004: "lz4"}
 _LZ4 = 32004
 _LARGEST_CHUNK = 2**20
@@ -21,11 +23,8 @@ def import_h5py() -> Any:
     Raises:
       ImportError: says how to install them.
     """
-    try:
-        import h5py  # pyright: ignore[reportMissingImports]
-        import hdf5plugin  # noqa: F401  # pyright: ignore[reportMissingImports] - registers filters
-    except ImportError as error:
-        raise ImportError(f"{error}; pip install 'cerebras_jax[convert]'") from None
+    h5py = import_extra("h5py", "convert")
+    import_extra("hdf5plugin", "convert")  # registers filters
     return h5py
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from cerebras_jax.formats.files import written_whole
 from cerebras_jax.formats.run import Run
+from cerebras_jax.messages import import_extra
 
 
 def read(path: str | Path) -> Run:
@@ -56,8 +57,5 @@ def save(path: str | Path, arrays: dict[str, Any]) -> None:
 
 
 def _import_safetensors() -> Any:
-    try:
-        import safetensors.numpy  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(f"{error}; pip install 'cerebras_jax[convert]'") from None
-    return safetensors
+    import_extra("safetensors.numpy", "convert")
+    return import_extra("safetensors", "convert")

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cerebras_jax.messages import import_extra
+
 _NO_SCALARS = ("step", "seconds")  # an event has both by itself
 
 
@@ -39,8 +41,4 @@ def import_writer() -> Any:
     Raises:
       ImportError: says how to install it.
     """
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(f"{error}; pip install 'cerebras_jax[tensorboard]'") from None
-    return SummaryWriter
+    return import_extra("tensorboardX", "tensorboard").SummaryWriter
