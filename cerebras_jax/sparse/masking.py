@@ -57,8 +57,7 @@ def find_state(state: Any) -> SparseState:
     Raises:
       ValueError: if there is none, or more than one.
     """
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SparseState))
-    found = [x for x in nodes if isinstance(x, SparseState)]
+    found = _sparse_states(state)
     if len(found) != 1:
         raise ValueError(f"the state must hold one SparseState, found {len(found)}")
     return found[0]
@@ -66,8 +65,12 @@ def find_state(state: Any) -> SparseState:
 
 def holds_masks(state: Any) -> bool:
     """Whether there is a `SparseState` in the state of an optax transformation."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SparseState))
-    return any(isinstance(x, SparseState) for x in nodes)
+    return bool(_sparse_states(state))
+
+
+def _sparse_states(state: Any) -> list[SparseState]:
+    nodes: list[Any] = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SparseState))
+    return [x for x in nodes if isinstance(x, SparseState)]
 
 
 def masks(state: Any) -> Params:

@@ -17,7 +17,7 @@ from cerebras_jax.engine.rounding import path_number
 from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
 from cerebras_jax.sparse import order
 from cerebras_jax.sparse.algorithms import Algorithm, Dynamic
-from cerebras_jax.sparse.masking import SparseState, is_on, mask_states, pack, select
+from cerebras_jax.sparse.masking import SparseState, holds_masks, is_on, mask_states, pack, select
 from cerebras_jax.sparse.selection import Groups, Sparsity
 from cerebras_jax.types import Array, Params
 
@@ -73,8 +73,7 @@ def sparsify(
         check_params(leaves, lambda: leaf_paths(params))
         members = _members(chosen, names, params)
         inner = tx.init(params)
-        nodes = jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, SparseState))
-        if any(isinstance(x, SparseState) for x in nodes):
+        if holds_masks(inner):
             raise ValueError(f"sparsify wraps a transformation that is sparse already: {sparsity}")
         bits = treedef.unflatten(map(_first_mask, members, map(as_array, leaves)))
         state = SparseState(jnp.zeros((), jnp.int32), bits, inner)
