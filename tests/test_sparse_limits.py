@@ -268,19 +268,6 @@ def test_a_scaler_that_overflows_holds_masks(watched):
     assert opt.state_dict()["sparsity"]["step"] == 1
 
 
-def test_every():
-    """Masks move with every second batch, by the mean."""
-    opt, whole = made(around=[lambda tx: optim.every(tx, 2)], kind=optim.SGD), made(kind=optim.SGD)
-    before = mask_of(opt)
-    opt.step(tree(1))
-    np.testing.assert_array_equal(mask_of(opt), before)
-    opt.step(tree(2))
-    whole.step(jax.tree.map(lambda a, b: (a + b) / 2, tree(1), tree(2)))
-    np.testing.assert_array_equal(mask_of(opt), mask_of(whole))
-    assert (mask_of(opt) != before).any()
-    assert opt.state_dict()["sparsity"]["step"] == 1
-
-
 def test_an_average_goes_beside():
     """It is that of the pruned weights: where a mask never was on it is zero."""
     opt = made(STATIC)

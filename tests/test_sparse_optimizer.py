@@ -190,11 +190,9 @@ def test_wrappers_leave_pruned_weights_zero():
         assert mask_of(opt).sum() == 24
 
 
-def test_masks_are_chosen_by_the_mean_of_what_is_accumulated():
-    opt, whole = (
-        made(around=[lambda tx: optax.MultiSteps(tx, 2)], kind=optim.SGD),
-        made(kind=optim.SGD),
-    )
+@pytest.mark.parametrize("wrap", [optax.MultiSteps, optim.every])
+def test_masks_are_chosen_by_the_mean_of_what_is_accumulated(wrap):
+    opt, whole = made(around=[lambda tx: wrap(tx, 2)], kind=optim.SGD), made(kind=optim.SGD)
     before = mask_of(opt)
     opt.step(tree(1))
     np.testing.assert_array_equal(mask_of(opt), before)
@@ -202,6 +200,8 @@ def test_masks_are_chosen_by_the_mean_of_what_is_accumulated():
     whole.step(jax.tree.map(lambda a, b: (a + b) / 2, tree(1), tree(2)))
     np.testing.assert_array_equal(mask_of(opt), mask_of(whole))
     np.testing.assert_allclose(kernel_of(opt), kernel_of(whole), rtol=1e-5, atol=1e-6)
+    assert (mask_of(opt) != before).any()
+    assert opt.state_dict()["sparsity"]["step"] == 1
 
 
 def test_parameters_that_a_wrapper_leaves_out_stay_dense():
