@@ -16,7 +16,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cerebras_jax.engine.trees import as_array
+from cerebras_jax.engine.trees import as_array, path_name
 from cerebras_jax.processes import check_equal_numbers
 from cerebras_jax.stateful import Stateful
 
@@ -238,9 +238,8 @@ def _one_mesh(params: Any) -> Mesh | AbstractMesh:
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         sharding = getattr(x, "sharding", None)
         if not isinstance(sharding, NamedSharding):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
-                f"parameter {name!r} must lie on a mesh (NamedSharding), got {sharding}"
+                f"parameter {path_name(path)!r} must lie on a mesh (NamedSharding), got {sharding}"
             )
         if sharding.mesh not in meshes:
             meshes.append(sharding.mesh)

@@ -258,7 +258,7 @@ class _Program:
         arrays, module_state = results
         given = zip(call.objects, call.given, arrays, changed, self.hints, strict=True)
         for obj, old, a, new, hints in given:
-            obj.restore(a, *_merged([new], [old]))
+            obj.restore(a, _merged(new, old))
             obj.take_hints(hints)
         if call.modules:
             nnx.update(tuple(call.modules), module_state)
@@ -287,7 +287,7 @@ class _Program:
             mine = [next(remaining) if m else x for x, m in zip(inputs, moves, strict=True)]
             results, changed, out = self._body(donated, numbers, mine)
             is_changed[:] = [[x is not None for x in new] for new in changed]
-            return (self.structure.unflatten(results), _merged(changed, numbers)), out
+            return (self.structure.unflatten(results), [*map(_merged, changed, numbers)]), out
 
         (results, new), out = jax.lax.scan(step, (donated, numbers), arrays)
         changed = [
@@ -335,12 +335,9 @@ class _Program:
             return results, changed, out
 
 
-def _merged(changed: Sequence[Any], numbers: Sequence[Any]) -> list[list[Any]]:
-    """The numbers, with those that were set in their places."""
-    return [
-        [old if new is None else new for new, old in zip(*pair, strict=True)]
-        for pair in zip(changed, numbers, strict=True)
-    ]
+def _merged(changed: Sequence[Any], numbers: Sequence[Any]) -> list[Any]:
+    """The numbers of an object, with those that were set in their places."""
+    return [old if new is None else new for new, old in zip(changed, numbers, strict=True)]
 
 
 def _check_axes(arrays: Sequence[Any]) -> None:

@@ -20,6 +20,9 @@ from cerebras_jax.checkpoint.reading import (
 )
 from cerebras_jax.checkpoint.writing import packed
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that its checkpoints are in."""
+
 
 def save(
     path: PathLike,
@@ -112,7 +115,7 @@ def restore(
 
 def latest(path: Path) -> Path:
     """A checkpoint itself, or the latest one of those in a folder or in a run's folder."""
-    for folder in (path / "checkpoints", path):
+    for folder in (path / CHECKPOINTS, path):
         steps = [x for x in folder.glob("*") if x.name.isdecimal()] if folder.is_dir() else []
         if steps:
             return max(steps, key=lambda x: int(x.name))

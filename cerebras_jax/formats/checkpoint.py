@@ -221,11 +221,7 @@ def _restored(found: Path, contents: files.Contents, saved: _Saved) -> tuple[Any
     places = saved.about["places"]
     if "state/mask" in places:
         raise ValueError(f"{found} is of a sparse optimizer, which no other format has")
-    like = {
-        name: np.broadcast_to(np.zeros((), x.dtype), x.shape)
-        for name in places["params"]
-        for x in [contents.arrays[f"{saved.name}/params/{name}"]]
-    }
+    like = {n: _empty(contents.arrays[f"{saved.name}/params/{n}"]) for n in places["params"]}
     run = Run(like, rule=saved.about["rule"])
     for folder, members in places.items():
         if folder.startswith("state/"):
@@ -256,7 +252,10 @@ def _is_weights(objects: Mapping[str, Any]) -> bool:
 def _arrays(found: Path, contents: files.Contents, name: str) -> dict[str, np.ndarray]:
     """The arrays of a tree by path."""
     paths = [p.removeprefix(f"{name}/") for p in contents.arrays if p.startswith(f"{name}/")]
-    shapes = {p: contents.arrays[f"{name}/{p}"] for p in paths}
-    like = {p: np.broadcast_to(np.zeros((), x.dtype), x.shape) for p, x in shapes.items()}
-    objects: dict[str, Any] = {name: like}
+    objects: dict[str, Any] = {name: {p: _empty(contents.arrays[f"{name}/{p}"]) for p in paths}}
     return files.restore(found, **objects)[name]
+
+
+def _empty(shape: Any) -> np.ndarray:
+    """An array of a shape and dtype that takes no memory, to restore into."""
+    return np.broadcast_to(np.zeros((), shape.dtype), shape.shape)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cerebras_jax.checks import is_number, is_traced
+from cerebras_jax.engine.placement import copy_to
 from cerebras_jax.messages import shown, warn_caller
 from cerebras_jax.schedules import Schedule
 
@@ -319,8 +320,7 @@ def _placed(array: Any, like: jax.Array) -> jax.Array:
         new = jnp.array(array, like.dtype, copy=True)
         # One that was free to move stays so, or a step would be compiled once more.
         return jax.device_put(new, like.sharding) if like.committed or new.committed else new
-    host = array.astype(like.dtype)
-    return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
+    return copy_to(array.astype(like.dtype), like.sharding)
 
 
 def load_shared(given: Any, ours: Mapping[str, Any]) -> dict[str, Any]:

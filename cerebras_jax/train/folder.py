@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from cerebras_jax.checkpoint.files import CHECKPOINTS
+
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 PICTURE = "training.png"
 SAMPLE = "sample.txt"
 WEIGHTS = "weights.npz"
-CHECKPOINTS = "checkpoints"
 EVENTS = "tensorboard"
 _FOLDERS = (CHECKPOINTS, EVENTS)
 _FILES = (CONFIG, METRICS, PICTURE, SAMPLE, WEIGHTS, *_FOLDERS)
