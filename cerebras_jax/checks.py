@@ -25,7 +25,7 @@ _RULES: dict[str, Callable[[float], bool]] = {
 
 def is_number(x: Any) -> TypeGuard[Scalar]:
     """Whether ``x`` is a real number that can be traced: not a bool, a string, a schedule."""
-    if isinstance(x, int | float):
+    if isinstance(x, (int, float)):  # a union would take three times as long
         return not isinstance(x, bool)
     if not isinstance(x, jax.Array | np.ndarray | np.generic):
         return False

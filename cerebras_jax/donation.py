@@ -95,9 +95,10 @@ class Donor:
         ]
 
     def _unshared(self, leaves: list[Any], alone: int, aliased: set[int]) -> list[Any]:
-        counts = _counts(leaves)
-        if max(counts, default=0) <= alone and not aliased:
+        counts = map(sys.getrefcount, leaves)
+        if not aliased and max(counts, default=0) <= alone:
             return leaves
+        counts = _counts(leaves)
         held = [n > alone or id(x) in aliased for x, n in zip(leaves, counts, strict=True)]
         self.copied += sum(held)
         return [_copy(x) if is_held else x for x, is_held in zip(leaves, held, strict=True)]

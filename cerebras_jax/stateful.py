@@ -110,6 +110,10 @@ class Stateful:
         static = freeze(self._rest(), parts.arrays, parts.refs)
         return parts._replace(static=(type(self), static))
 
+    def refs(self) -> list[Any]:
+        """The references of `parts`, without taking the rest apart."""
+        return self.parts().refs
+
     def restore(self, arrays: list[Any], numbers: list[Any], refs: list[Any] | None = None) -> None:
         """Puts other arrays and numbers, and other references if given, in their places."""
         fill = Fill(iter(arrays), None if refs is None else iter(refs))
@@ -169,11 +173,13 @@ class Stateful:
 
     def _rest(self) -> dict[str, Any]:
         """The attributes that are taken apart by what is in them."""
-        return {k: v for k, v in self._attributes().items() if k not in self.special}
+        apart = _taken_apart(type(self))
+        return {k: v for k, v in vars(self).items() if k not in apart}
 
     def _refill(self, fill: "Fill") -> None:
         for name, value in self._rest().items():
-            setattr(self, name, fill(value))
+            if (filled := fill(value)) is not value:
+                setattr(self, name, filled)
 
     @property
     def lock(self) -> Any:
@@ -259,6 +265,11 @@ def is_nnx(x: Any) -> bool:
 
 
 @functools.cache
+def _taken_apart(kind: "type[Stateful]") -> frozenset[str]:
+    return kind.special.union(kind.transient)
+
+
+@functools.cache
 def _is_reference_type(kind: type) -> bool:
     return issubclass(kind, Stateful | nnx.Pytree)
 
@@ -276,6 +287,10 @@ def unslotted(x: Any) -> Any:
 def slotted(x: Any) -> Any:
     """x, in a slot unless it is recognized as an array without one."""
     return x if is_array(x) else Slot(x)
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+"""What there is nothing in: such values are themselves in a key."""
 
 
 class _Identity:
@@ -296,8 +311,9 @@ def freeze(x: Any, arrays: list[Any], refs: list[Any]) -> Any:
 
     Containers are compared by what is in them, so that one that was mutated is another key.
     """
-    if x is None or isinstance(x, bool | int | float | complex | str | bytes):
-        return (type(x), x) if x == x else (type(x), repr(x))  # NaN is equal to itself here
+    kind = type(x)
+    if isinstance(x, _PLAIN):
+        return (kind, x) if x == x else (kind, repr(x))  # NaN is equal to itself here
     if is_array(x):
         arrays.append(unslotted(x))
         return _MARK
@@ -305,11 +321,11 @@ def freeze(x: Any, arrays: list[Any], refs: list[Any]) -> Any:
         refs.append(x)
         return _MARK
     if isinstance(x, dict):
-        return (type(x), *((k, freeze(v, arrays, refs)) for k, v in x.items()))
+        return (kind, *((k, freeze(v, arrays, refs)) for k, v in x.items()))
     if isinstance(x, list | tuple):
-        return (type(x), *(freeze(v, arrays, refs) for v in x))
+        return (kind, *(freeze(v, arrays, refs) for v in x))
     if isinstance(x, set | frozenset):
-        return (type(x), frozenset(x))
+        return (kind, frozenset(x))
     if not jax.tree_util.all_leaves([x]):
         leaves, treedef = jax.tree.flatten(x)
         return (treedef, *(freeze(v, arrays, refs) for v in leaves))
@@ -317,7 +333,7 @@ def freeze(x: Any, arrays: list[Any], refs: list[Any]) -> Any:
         hash(x)
     except TypeError:
         return _Identity(x)
-    return (type(x), x)
+    return (kind, x)
 
 
 @dataclasses.dataclass
@@ -331,6 +347,8 @@ class Fill:
     refs: Iterator[Any] | None
 
     def __call__(self, x: Any) -> Any:
+        if isinstance(x, _PLAIN):
+            return x
         if is_array(x):
             return slotted(next(self.arrays))
         if is_reference(x):
@@ -345,7 +363,7 @@ class Fill:
         if isinstance(x, tuple):
             values = [self(v) for v in x]
             return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
-        if x is None or jax.tree_util.all_leaves([x]):
+        if jax.tree_util.all_leaves([x]):
             return x
         leaves, treedef = jax.tree.flatten(x)
         return treedef.unflatten([unslotted(self(v)) for v in leaves])

@@ -120,16 +120,15 @@ class _Call:
         leaves, self.treedef = jax.tree.flatten(arguments, is_leaf=is_reference)
         self.objects: list[Stateful] = []
         self.modules: list[Any] = []  # and other objects of flax
-        self.inputs: list[Any] = []
-        self.slots = tuple(self._slot(x) for x in leaves)
+        is_input = [_is_array_type(type(x)) or is_number(x) for x in leaves]
+        self.inputs = list(itertools.compress(leaves, is_input))
+        kinds = zip(leaves, is_input, strict=True)
+        self.slots = tuple([_ARRAY if is_array else self._slot(x) for x, is_array in kinds])
         self.links: list[tuple] = []
         for obj in self.objects:  # grows on the way: what the arguments refer to takes part too
-            self.links.append(tuple(self._index(ref) for ref in obj.parts().refs))
+            self.links.append(tuple(self._index(ref) for ref in obj.refs()))
 
     def _slot(self, x: Any) -> _Slot:
-        if _is_array_type(type(x)) or is_number(x):
-            self.inputs.append(x)
-            return _ARRAY
         if is_reference(x):
             return _Slot(*self._index(x))
         return _Slot("static", x)
@@ -150,7 +149,7 @@ class _Call:
         self.arrays = [p.arrays for p in parts]
         self.given = [p.numbers for p in parts]
         self.hints = [obj.hints() for obj in self.objects]
-        self.graphdef, self.module_state = nnx.split(tuple(self.modules))
+        self.graphdef, self.module_state = _split(self.modules)
         home, placement = self._settle(placements)
         given = zip(self.objects, self.given, strict=True)
         self.numbers = [obj.as_arguments(numbers, home) for obj, numbers in given]
@@ -166,10 +165,9 @@ class _Call:
 
     def _settle(self, placements: Placements) -> tuple[Sharding | None, Placement]:
         """Where numbers lie, and where the arrays stay; what lay nowhere lies beside the others."""
-        leaves, treedef = jax.tree.flatten((self.arrays, self.module_state))
-        settled, home, placement = placements.settle(leaves)
-        if settled is not leaves:
-            self.arrays, self.module_state = treedef.unflatten(settled)
+        state, treedef = jax.tree.flatten(self.module_state)
+        (*self.arrays, state), home, placement = placements.settle(*self.arrays, state)
+        self.module_state = treedef.unflatten(state)
         return home, placement
 
     def donated(self, donor: Donor) -> tuple[list[list[Any]], Any]:
@@ -189,7 +187,7 @@ class _Call:
     def held(self) -> list[Any]:
         """The arrays that the objects and modules hold now."""
         arrays = [obj.parts().arrays for obj in self.objects]
-        return jax.tree.leaves((arrays, nnx.state(tuple(self.modules))))
+        return jax.tree.leaves((arrays, _split(self.modules)[1]))
 
     def refs_of(self, i: int, modules: Sequence[Any]) -> list[Any]:
         """What object i refers to, with these modules."""
@@ -304,7 +302,7 @@ class _Program:
         """The traced body: puts tracers into the objects, runs fn, takes the results out again."""
         call = self._call()
         arrays, module_state = donated
-        modules = nnx.merge(call.graphdef, module_state)
+        modules = nnx.merge(call.graphdef, module_state) if call.modules else ()
         with _borrowed(call.objects):
             for i, obj in enumerate(call.objects):
                 obj.restore(list(arrays[i]), list(numbers[i]), call.refs_of(i, modules))
@@ -313,7 +311,7 @@ class _Program:
             args, kwargs = call.arguments(modules, inputs)
             _check_no_variables((args, kwargs))
             out = self.fn(*args, **kwargs)
-            graphdef, new_module_state = nnx.split(tuple(modules))
+            graphdef, new_module_state = _split(modules)
             after = [obj.parts() for obj in call.objects]
             if (now_live := [obj.live() for obj in call.objects]) != live:
                 raise _BecameLive(now_live)
@@ -333,6 +331,11 @@ class _Program:
             kept = ([p.arrays for p in after], new_module_state)
             results, self.structure = jax.tree.flatten(kept)
             return results, changed, out
+
+
+def _split(modules: Sequence[Any]) -> tuple[Any, Any]:
+    """The static part and the state of modules; flax takes its time even without any."""
+    return nnx.split(tuple(modules)) if modules else (None, ())
 
 
 def _merged(changed: Sequence[Any], numbers: Sequence[Any]) -> list[Any]:

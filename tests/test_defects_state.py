@@ -350,7 +350,7 @@ def test_the_handler_of_an_embedding_application_is_left_alone(monkeypatch):
     """A handler that Python did not install is None to ``signal.getsignal``."""
     set_to = []
     monkeypatch.setattr(signals, "_handler_of", lambda number: None)
-    monkeypatch.setattr(signals.signal, "signal", lambda number, h: set_to.append((number, h)))
+    monkeypatch.setattr(signals, "_set_handler", lambda number, h: set_to.append((number, h)))
     with signals.deferred_signals():
         pass
     assert set_to == []

@@ -1,6 +1,7 @@
 """Where arrays lie: beside the parameters, and where they were before a step."""
 
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -94,26 +95,28 @@ class Placements:
     def __init__(self) -> None:
         self._last: tuple[list[Any], Sharding | None, Placement] = [], None, None
 
-    def settle(self, arrays: list[Any]) -> tuple[list[Any], Sharding | None, Placement]:
+    def settle(self, *lists: list[Any]) -> tuple[Sequence[list[Any]], Sharding | None, Placement]:
         """The arrays, what lay nowhere beside the others; their home; and where they stay."""
-        if not arrays or is_traced(arrays[0]):
-            return arrays, None, None
+        first = next(itertools.chain.from_iterable(lists), None)
+        if first is None or is_traced(first):
+            return lists, None, None
         seen, home, placement = self._last
-        now = _shardings(arrays)
+        now = _shardings(lists, first)
         if len(now) != len(seen) or not all(map(operator.is_, now, seen)):
-            home = home_of(arrays)
-            arrays = beside(arrays, home)
-            seen = _shardings(arrays)
+            home = home_of(lists)
+            settled = beside(lists, home)
+            seen = _shardings(settled, next(itertools.chain.from_iterable(settled)))
             spread = tuple(map(_spread, seen))
             placement = spread if any(spread) else None
             self._last = seen, home, placement
-        return arrays, home, placement
+            return settled, home, placement
+        return lists, home, placement
 
 
-def _shardings(arrays: Sequence[Any]) -> list[Any]:
+def _shardings(lists: Sequence[list[Any]], first: Any) -> list[Any]:
     """Those of all arrays; with one device the first speaks for all."""
-    looked_at = arrays if jax.device_count() > 1 else arrays[:1]
-    return [getattr(x, "sharding", None) for x in looked_at]
+    arrays = itertools.chain.from_iterable(lists) if jax.device_count() > 1 else (first,)
+    return [getattr(x, "sharding", None) for x in arrays]
 
 
 def _spread(sharding: Any) -> NamedSharding | None:

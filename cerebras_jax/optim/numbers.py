@@ -21,7 +21,7 @@ IsLive = Callable[[str, Any], bool]
 """Whether a number under this key is an argument of the program."""
 
 
-def is_live(key: str, value: Any, live: frozenset[str] | set[str]) -> bool:
+def is_live(key: str, value: Any, was_live: bool) -> bool:
     """Whether a value is an argument of the program.
 
     Every number is, but for a constant zero that was never another number: its term is left out.
@@ -31,7 +31,7 @@ def is_live(key: str, value: Any, live: frozenset[str] | set[str]) -> bool:
         return True
     if not is_number(value):
         return False
-    return not is_constant_zero(value) or key in live or key in LEARNING_RATES
+    return not is_constant_zero(value) or was_live or key in LEARNING_RATES
 
 
 def split(values: Mapping[str, Any], is_live: IsLive) -> tuple[list[Any], tuple]:
@@ -44,6 +44,43 @@ def split(values: Mapping[str, Any], is_live: IsLive) -> tuple[list[Any], tuple]
         else:
             static.append((key, _mark(key, value, is_live, numbers)))
     return numbers, tuple(static)
+
+
+class Splits:
+    """Remembers how the groups' values were split: from one step to the next few of them change."""
+
+    def __init__(self) -> None:
+        self._live: set[Any] = set()
+        self._known: dict[tuple[int, str], tuple[Any, list[Any], tuple]] = {}
+
+    def split(
+        self, i: int, values: Mapping[str, Any], live: set[tuple[int, str]], is_live: IsLive
+    ) -> tuple[list[Any], tuple]:
+        """`split` for group ``i``; adds to ``live`` what is an argument from now on."""
+        if self._live != live:
+            self._live, self._known = set(live), {}
+        numbers: list[Any] = []
+        marks: list[tuple] = []
+        for key, value in values.items():
+            hit = self._known.get((i, key))
+            if hit is None or hit[0] is not value:
+                hit = (value, *split({key: value}, is_live))
+                if hit[1]:
+                    live.add((i, key))
+                if _stays(value):
+                    self._known[i, key] = hit
+            numbers += hit[1]
+            marks += hit[2]
+        return numbers, tuple(marks)
+
+
+def _stays(value: Any) -> bool:
+    """Whether a value is split alike as long as it is the same object; tracers are not kept."""
+    values = value if type(value) is tuple else (value,)
+    return all(isinstance(x, _UNCHANGING) and not is_traced(x) for x in values)
+
+
+_UNCHANGING = (type(None), bool, int, float, str, jax.Array)
 
 
 def _mark(key: str, value: Any, is_live: IsLive, numbers: list[Any]) -> Any:

@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 
 from cerebras_jax.checks import is_traced
 from cerebras_jax.donation import Donor
-from cerebras_jax.engine.hyper import NUMBER, normalize
+from cerebras_jax.engine.hyper import normalize
 from cerebras_jax.engine.placement import home_of, in_place_of
 from cerebras_jax.formats.state_dict import check_keys
 from cerebras_jax.optim import numbers as group_numbers
@@ -35,7 +35,7 @@ class Owner(Stateful):
       donate: see `cerebras_jax.donation`.
     """
 
-    transient: ClassVar[tuple[str, ...]] = (*Stateful.transient, "_index", "_donor")
+    transient: ClassVar[tuple[str, ...]] = (*Stateful.transient, "_index", "_donor", "_splits")
     special: ClassVar[frozenset[str]] = frozenset(
         {"param_groups", "_sources", "_trees", "_frozen", "_names", "_live"}
         | {"_was_stepped", "_was_scheduled"}
@@ -281,7 +281,7 @@ class Owner(Stateful):
         """
         lists = self._array_lists()
         arrays: list[Any] = [x for values in lists for x in values]
-        refs: list[Any] = [s.module for s in self._sources if not isinstance(s, TreeSource)]
+        refs: list[Any] = self.modules()
         numbers, groups = self._split_groups()
         bounds = [getattr(self, name) for name in BOUNDS]
         numbers += [x for x in bounds if x is not None]
@@ -297,6 +297,12 @@ class Owner(Stateful):
             freeze(self._rest(), arrays, refs),
         )
         return Parts(arrays, numbers, static, refs)
+
+    def refs(self) -> list[Any]:
+        """See `Stateful`."""
+        refs: list[Any] = self.modules()
+        freeze(self._rest(), [], refs)
+        return refs
 
     def restore(self, arrays: list[Any], numbers: list[Any], refs: list[Any] | None = None) -> None:
         """See `Stateful`."""
@@ -361,15 +367,11 @@ class Owner(Stateful):
 
         A number that was an argument once stays one, so that a zero is no new program.
         """
-        live = {key for j, key in self._live if j == i}
-        numbers, marks = group_numbers.split(values, lambda key, v: self._is_live(key, v, live))
-        for key, mark in marks:
-            if mark is NUMBER or (isinstance(mark, tuple) and NUMBER in mark):
-                self._live.add((i, key))
-        return numbers, marks
+        splits = vars(self).setdefault("_splits", group_numbers.Splits())
+        return splits.split(i, values, self._live, lambda key, v: self._is_live(i, key, v))
 
-    def _is_live(self, key: str, value: Any, live: set[str]) -> bool:
-        return group_numbers.is_live(key, value, live)
+    def _is_live(self, i: int, key: str, value: Any) -> bool:
+        return group_numbers.is_live(key, value, (i, key) in self._live)
 
     def as_arguments(self, numbers: list[Any], home: Sharding | None = None) -> list[Any]:
         """See `Stateful`."""

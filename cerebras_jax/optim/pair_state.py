@@ -119,12 +119,10 @@ class PairOptimizer(Optimizer):
     def _settle(self) -> tuple[Sharding | None, Placement]:
         """Where numbers lie, and where the arrays stay; what lay nowhere lies beside the others."""
         placements: Placements = vars(self).setdefault("_where", Placements())
-        arrays = [*self._state, *self._values()]
-        settled, home, placement = placements.settle(arrays)
-        if settled is not arrays:
-            n = len(self._state)
-            self._state = settled[:n]
-            self._set_values(settled[n:])
+        (state, params), home, placement = placements.settle(self._state, self._values())
+        if state is not self._state:
+            self._state = state
+            self._set_values(params)
         return home, placement
 
     def _allocate(self, kept: Any = None) -> None:

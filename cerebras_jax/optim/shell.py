@@ -193,7 +193,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
 
     def _before_closure(self, given: Any, scaler: GradScaler | None) -> list[Any]:
         """What a closure may write into a module and a step not taken must bring back."""
-        judges = scaler is not None or self._guard().judges
+        judges = scaler is not None or self._fitted.judges
         sources = self._sources if judges and is_closure(given) else []
         return [pair for s in sources if isinstance(s, ModuleSource) for pair in s.others()]
 
@@ -275,9 +275,9 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             statics.append(marks)
         return values, tuple(statics)
 
-    def _is_live(self, key: str, value: Any, live: set[str]) -> bool:
+    def _is_live(self, i: int, key: str, value: Any) -> bool:
         is_static = key in self.defaults and key not in self._live_keys
-        return not is_static and super()._is_live(key, value, live)
+        return not is_static and super()._is_live(i, key, value)
 
     def _program(
         self, statics: tuple, absent: tuple[int, ...], guard: Guard, placement: Placement
