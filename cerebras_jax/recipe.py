@@ -32,6 +32,7 @@ from cerebras_jax.optim.schedule_config import ScheduleConfig, kind_of, schedule
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.sections import Sections, read_sections
+from cerebras_jax.sharding import StateMemory
 from cerebras_jax.sparse.configure import configure_sparsity
 from cerebras_jax.sparse.masking import mask_gradients
 from cerebras_jax.sparse.selection import Sparsity
@@ -84,7 +85,7 @@ class Recipe:
     warnings: tuple[str, ...] = ()
 
     def optimizer(
-        self, params: Any, *, zero_axis: str | None = None
+        self, params: Any, *, zero_axis: str | None = None, state_memory: StateMemory = None
     ) -> tuple[Optimizer, list[Scheduler]]:
         """The class form: the optimizer, which clips and skips, and the schedulers to step.
 
@@ -94,6 +95,7 @@ class Recipe:
         Args:
           params: as a class of `optim` takes them.
           zero_axis: a mesh axis to split the states over; see `sharding.state`.
+          state_memory: the memory to keep the states in; see `sharding.state`.
 
         Raises:
           TypeError: if the recipe has a sparsity, and the optimizer a step of its own.
@@ -102,7 +104,8 @@ class Recipe:
         """
         groups = self.param_groups(params)
         drivers(self.schedulers, groups)
-        where: dict[str, Any] = {} if zero_axis is None else {"zero_axis": zero_axis}
+        given = {"zero_axis": zero_axis, "state_memory": state_memory}
+        where: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         opt = self.optimizer_class(groups, **self.optimizer_values, **where)
         for name in SETTINGS:
             value = getattr(self, name, None)
