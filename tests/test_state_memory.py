@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def placed(how):
     return jax.device_put(values, where), zero, inside
 
 
-def make(how, state_memory=None, cls=optim.AdamW, **kwargs):
+def make(how, state_memory=None, cls: Any = optim.AdamW, **kwargs: Any) -> Any:
     params, more, _ = placed(how)
     rate = {} if "learning_rate" in kwargs else {"lr": 0.1}
     return cls(params, **rate, **kwargs, **more, state_memory=state_memory)
@@ -65,12 +66,11 @@ def moments(*names, of=("bias", "kernel")):
     return sorted(f"{parameter}.{name}" for parameter in of for name in names)
 
 
-@cjax.trace
-def traced(opt, x):
+def one_step(opt, x):
     opt.step(lambda params: sum(jnp.sum(x * p) for p in params.values()))
 
 
-scanned = cjax.trace(traced.__wrapped__, scan=True)
+traced, scanned = cjax.trace(one_step), cjax.trace(one_step, scan=True)
 
 
 @pytest.mark.parametrize("how", ["device", "zero", "split", "explicit"])
@@ -86,17 +86,17 @@ def test_numbers_are_those_without_and_states_come_back(how, compilations):
         for each in (plain, opt):
             each.step(grads_like(each))
             traced(each, 2.0)
-            scanned(each, np.float32([1.0, 2.0, 3.0]))
+            scanned(each, np.array([1.0, 2.0, 3.0], np.float32))
         if how != "device":  # one device may be written as a mesh
             assert [x.sharding for x in opt.parts().arrays] == where
         grads = grads_like(opt)
         with compilations(0):
             opt.step(grads)
             traced(opt, 1.0)
-            scanned(opt, np.float32([1.0, 2.0, 1.0]))
+            scanned(opt, np.array([1.0, 2.0, 1.0], np.float32))
         plain.step(grads)
         traced(plain, 1.0)
-        scanned(plain, np.float32([1.0, 2.0, 1.0]))
+        scanned(plain, np.array([1.0, 2.0, 1.0], np.float32))
         assert memories(opt) == lie
         assert_same(opt.parts().arrays, plain.parts().arrays)
 
