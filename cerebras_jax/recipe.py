@@ -14,6 +14,7 @@ import optax
 
 from cerebras_jax import schedules
 from cerebras_jax.driven import check_schedulers, drivers
+from cerebras_jax.engine.state_memory import StateMemory
 from cerebras_jax.messages import shortened, shown
 from cerebras_jax.optim.algorithms.muon import Muon
 from cerebras_jax.optim.configure import (
@@ -32,7 +33,6 @@ from cerebras_jax.optim.schedule_config import ScheduleConfig, kind_of, schedule
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.sections import Sections, read_sections
-from cerebras_jax.sharding import StateMemory
 from cerebras_jax.sparse.configure import configure_sparsity
 from cerebras_jax.sparse.masking import mask_gradients
 from cerebras_jax.sparse.selection import Sparsity

@@ -9,8 +9,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
@@ -23,18 +23,13 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
-from cerebras_jax.checks import check_choice
-from cerebras_jax.engine.lift import RuleState
-from cerebras_jax.engine.memory import DEVICE, HOST, in_memory_of, mesh_of, on_device, on_host
+from cerebras_jax.engine.memory import HOST, in_memory_of, mesh_of, on_device
+from cerebras_jax.engine.state_memory import StateMemory, check_memory, memories_of, named
 from cerebras_jax.engine.trees import as_array, path_name
-from cerebras_jax.messages import shown
 from cerebras_jax.processes import check_equal_numbers
 from cerebras_jax.stateful import Stateful
 
 __all__ = ["Plan", "check_processes", "init", "plan", "shardings_of", "state", "streamed"]
-
-StateMemory = str | Mapping[str, str] | None
-"""``"pinned_host"`` or ``"device"``, for all states or by name; None: all on the device."""
 
 
 def state(
@@ -77,7 +72,7 @@ def state(
     mesh = _one_mesh(params, takes_device=zero_axis is None)
     if zero_axis is not None and zero_axis not in mesh.axis_names:
         raise ValueError(f"zero_axis must be one of {[*mesh.axis_names]}, got {zero_axis!r}")
-    _check_memory(state_memory, mesh)
+    check_memory(state_memory, mesh)
     abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
     explicit = abstract.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
 
@@ -99,7 +94,7 @@ def state(
     with jax.sharding.use_abstract_mesh(explicit):
         shapes = jax.eval_shape(tx.init, jax.tree.map(typed, params))
     leaves, treedef = jax.tree.flatten(shapes)
-    memories = _memories(shapes, params, state_memory)
+    memories = memories_of(shapes, params, state_memory)
     shardings = treedef.unflatten(map(place, leaves, memories))
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
@@ -154,16 +149,6 @@ def streamed(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
         return updates, in_memory_of(state, new)
 
     return optax.GradientTransformationExtraArgs(extended.init, update)  # pyright: ignore
-
-
-def in_memory(tree: Any, params: Any, state_memory: StateMemory) -> Any:
-    """A state with its arrays in these memories, on the devices where they are; see `state`."""
-    if state_memory is None:
-        return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    memories = _memories(tree, params, state_memory)
-    pairs = zip(leaves, memories, strict=True)
-    return treedef.unflatten([x if memory is None else on_host(x) for x, memory in pairs])
 
 
 def shardings_of(tree: Any) -> Any:
@@ -277,7 +262,7 @@ def plan(
         temporaries = _temporaries(tx, like, shapes, shardings)
     weights = sum(map(_on_one_device, leaves))
     states, host = (collections.defaultdict(int) for _ in range(2))
-    for leaf, x in zip(_named(shapes, like), jax.tree.leaves(shapes), strict=True):
+    for leaf, x in zip(named(shapes, like), jax.tree.leaves(shapes), strict=True):
         (host if x.sharding.memory_kind == HOST else states)[leaf.name] += _on_one_device(x)
     return Plan(
         devices=max((x.sharding.num_devices for x in leaves), default=1),
@@ -300,79 +285,6 @@ def _temporaries(tx: Any, params: Any, state_shapes: Any, state_shardings: Any) 
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=where)
     analysis = jitted.lower(state_shapes, params, params).compile().memory_analysis()
     return int(analysis.temp_size_in_bytes) if analysis is not None else 0
-
-
-# --- the names of states, and their memories ------------------------------------------------------
-
-
-class _Leaf(NamedTuple):
-    """What a leaf of a state is.
-
-    Attributes:
-      name: the last attribute on the way to a tree like the parameters.
-      is_movable: whether it is an array of one parameter, and no scalar.
-    """
-
-    name: str
-    is_movable: bool
-
-
-def _named(tree: Any, params: Any) -> list[_Leaf]:
-    paths = {tuple(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    longest = max(map(len, paths), default=0)
-    rules = jax.tree.leaves(tree, is_leaf=_is_rule)
-    clocks = [(node.count, node.clock) for node in rules if _is_rule(node)]
-    counts = {id(x) for x in jax.tree.leaves(clocks)}  # those of classes are vectors
-    result = []
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        ends = [n for n in range(longest, -1, -1) if tuple(path[len(path) - n :]) in paths]
-        above = path[: len(path) - next(iter(ends), 0)]
-        names = [k.name for k in above if isinstance(k, jax.tree_util.GetAttrKey)]
-        name = names[-1] if names else jax.tree_util.keystr(above)
-        result.append(_Leaf(name, bool(ends) and x.ndim > 0 and id(x) not in counts))
-    return result
-
-
-def _is_rule(x: Any) -> bool:
-    return isinstance(x, RuleState)
-
-
-def _memories(tree: Any, params: Any, state_memory: StateMemory) -> list[str | None]:
-    """For each leaf of a state the memory that it is kept in; None: the device's."""
-    leaves = _named(tree, params)
-    movable = list(dict.fromkeys(leaf.name for leaf in leaves if leaf.is_movable))
-    chosen = (
-        state_memory if isinstance(state_memory, Mapping) else dict.fromkeys(movable, state_memory)
-    )
-    for name in chosen:
-        if name not in movable:
-            is_known = any(leaf.name == name for leaf in leaves)
-            what = "scalars, which stay on the device" if is_known else "no state"
-            raise ValueError(
-                f"state_memory: {shown(name)} names {what}; the states with arrays are {movable}"
-            )
-    wanted = (chosen.get(leaf.name) if leaf.is_movable else None for leaf in leaves)
-    return [None if memory == DEVICE else memory for memory in wanted]
-
-
-def _check_memory(state_memory: Any, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses what is no memory of the mesh's devices."""
-    if state_memory is None:
-        return
-    if not isinstance(state_memory, str | Mapping):
-        raise TypeError(
-            f"state_memory must be {HOST!r}, or a dict from names of states to it, "
-            f"got {shown(state_memory)}"
-        )
-    given = state_memory.items() if isinstance(state_memory, Mapping) else [(None, state_memory)]
-    for name, memory in given:
-        what = "state_memory" if name is None else f"state_memory[{name!r}]"
-        check_choice(what, memory, (HOST, DEVICE))
-        if memory == HOST and isinstance(mesh, Mesh):
-            device = next(iter(mesh.local_mesh.devices.flat))
-            there = [m.kind for m in device.addressable_memories()]
-            if HOST not in there:
-                raise ValueError(f"{what} must be a memory of {device}: {there}, got {HOST!r}")
 
 
 # --- helpers --------------------------------------------------------------------------------------

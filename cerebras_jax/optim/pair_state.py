@@ -12,6 +12,7 @@ from cerebras_jax.engine import rounding
 from cerebras_jax.engine.hyper import normalize, saturating_increment
 from cerebras_jax.engine.memory import on_device
 from cerebras_jax.engine.placement import Placement, Placements, beside, in_place_of
+from cerebras_jax.engine.state_memory import StateMemory, in_memory
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_known, load_shared
 from cerebras_jax.optim import clocks, entries, numbers
@@ -19,7 +20,6 @@ from cerebras_jax.optim.entries import Catalogue, NamedState, StateView
 from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.optim.makers import Maker, RuleMaker
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.sharding import StateMemory, in_memory
 from cerebras_jax.stateful import Fill, Slot
 from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.types import Array

@@ -15,6 +15,7 @@ from cerebras_jax.engine.hyper import bind, needs_other_buffers, normalize
 from cerebras_jax.engine.leaf import Rounding, StateDtype
 from cerebras_jax.engine.lift import check_buffers
 from cerebras_jax.engine.placement import Placement
+from cerebras_jax.engine.state_memory import StateMemory
 from cerebras_jax.engine.trees import check_grads
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import check_keys
@@ -27,7 +28,6 @@ from cerebras_jax.optim.signatures import doc_of, signature_of
 from cerebras_jax.optim.sources import ModuleSource, hold_back, is_closure
 from cerebras_jax.optim.sparse_optimizer import SparseOptimizer
 from cerebras_jax.optim.watched import SCALED
-from cerebras_jax.sharding import StateMemory
 from cerebras_jax.signals import deferred_signals
 from cerebras_jax.stateful import DROPPED, OUTSIDE, locked
 from cerebras_jax.transforms.accumulate import Accumulation
