@@ -14,6 +14,7 @@ import optax
 
 from cerebras_jax import schedules
 from cerebras_jax.driven import check_schedulers, drivers
+from cerebras_jax.engine.state_memory import StateMemory
 from cerebras_jax.messages import shortened, shown
 from cerebras_jax.optim.algorithms.muon import Muon
 from cerebras_jax.optim.configure import (
@@ -84,7 +85,7 @@ class Recipe:
     warnings: tuple[str, ...] = ()
 
     def optimizer(
-        self, params: Any, *, zero_axis: str | None = None
+        self, params: Any, *, zero_axis: str | None = None, state_memory: StateMemory = None
     ) -> tuple[Optimizer, list[Scheduler]]:
         """The class form: the optimizer, which clips and skips, and the schedulers to step.
 
@@ -94,6 +95,7 @@ class Recipe:
         Args:
           params: as a class of `optim` takes them.
           zero_axis: a mesh axis to split the states over; see `sharding.state`.
+          state_memory: the memory to keep the states in; see `sharding.state`.
 
         Raises:
           TypeError: if the recipe has a sparsity, and the optimizer a step of its own.
@@ -102,7 +104,8 @@ class Recipe:
         """
         groups = self.param_groups(params)
         drivers(self.schedulers, groups)
-        where: dict[str, Any] = {} if zero_axis is None else {"zero_axis": zero_axis}
+        given = {"zero_axis": zero_axis, "state_memory": state_memory}
+        where: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         opt = self.optimizer_class(groups, **self.optimizer_values, **where)
         for name in SETTINGS:
             value = getattr(self, name, None)

@@ -14,33 +14,52 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
+from cerebras_jax.engine.memory import HOST, in_memory_of, mesh_of, on_device
+from cerebras_jax.engine.state_memory import StateMemory, check_memory, memories_of, named
 from cerebras_jax.engine.trees import as_array, path_name
 from cerebras_jax.processes import check_equal_numbers
 from cerebras_jax.stateful import Stateful
 
-__all__ = ["Plan", "check_processes", "init", "plan", "shardings_of", "state"]
+__all__ = ["Plan", "check_processes", "init", "plan", "shardings_of", "state", "streamed"]
 
 
 def state(
-    tx: optax.GradientTransformation, params: Any, *, zero_axis: str | None = None
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    zero_axis: str | None = None,
+    state_memory: StateMemory = None,
 ) -> tuple[Any, Any]:
     """The shapes and the shardings of ``tx.init(params)``; nothing is allocated.
 
     Args:
       tx: any optax transformation.
-      params: a pytree of arrays, or of `jax.ShapeDtypeStruct` with shardings, on one mesh.
+      params: a pytree of arrays, or of `jax.ShapeDtypeStruct` with shardings, on one mesh; or all
+        on one device, which then is a mesh with the axis ``"device"``.
       zero_axis: a mesh axis over which parameters are replicated, such as ``"data"``. Every state
         is split over it, along the first dimension that it divides (ZeRO-1); a state that lies
         along this axis already, or that it does not divide, stays as it is.
+      state_memory: ``"pinned_host"`` keeps every array that belongs to one parameter in the
+        memory of the host; a dict, such as ``{"exp_avg": "pinned_host"}``, those that it names.
+        Scalars and step counts stay on the device. See `streamed`.
 
     Returns:
       Two trees like the state: `jax.ShapeDtypeStruct`, and `jax.sharding.NamedSharding`, which
       serve as ``out_shardings`` of a jitted step, and as targets of a restore.
 
     Raises:
-      ValueError: if the parameters are not all on one mesh, or it has no such axis.
+      TypeError: if ``state_memory`` is neither a string nor a dict.
+      ValueError: if the parameters are not all on one mesh, or it has no such axis; if there is no
+        such memory, or a name is that of no state, or of scalars only.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> like = NamedSharding(mesh, PartitionSpec("data"))
@@ -49,39 +68,47 @@ def state(
     >>> tuple(shardings[0].mu["w"].spec), tuple(shardings[0].count.spec)
     (('data',), ())
     """
-    if not isinstance(tx, optax.GradientTransformation):
-        kind = type(tx).__name__
-        raise TypeError(f"tx must be an optax pair, such as optim.adamw(lr=1e-3), got {kind}")
-    mesh = _one_mesh(params)
+    _check_pair(tx)
+    mesh = _one_mesh(params, takes_device=zero_axis is None)
     if zero_axis is not None and zero_axis not in mesh.axis_names:
         raise ValueError(f"zero_axis must be one of {[*mesh.axis_names]}, got {zero_axis!r}")
+    check_memory(state_memory, mesh)
     abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
     explicit = abstract.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
 
     def typed(x: Any) -> jax.ShapeDtypeStruct:
         x = as_array(x)
-        like = NamedSharding(explicit, x.sharding.spec)
+        spec = getattr(x.sharding, "spec", PartitionSpec())
+        like = NamedSharding(explicit, spec)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like)
 
-    def place(x: Any) -> NamedSharding:
+    def place(x: Any, memory: str | None) -> NamedSharding:
         spec = tuple(x.sharding.spec) if x.sharding is not None else ()
         full = [*spec, *[None] * (x.ndim - len(spec))]
         if zero_axis is not None:
             full = _with_axis(x.shape, full, zero_axis, mesh)
         while full and full[-1] is None:  # one way to write it: JAX compares specs as written
             full.pop()
-        return NamedSharding(mesh, PartitionSpec(*full))
+        return NamedSharding(mesh, PartitionSpec(*full), memory_kind=memory)
 
     with jax.sharding.use_abstract_mesh(explicit):
         shapes = jax.eval_shape(tx.init, jax.tree.map(typed, params))
-    shardings = jax.tree.map(place, shapes)
+    leaves, treedef = jax.tree.flatten(shapes)
+    memories = memories_of(shapes, params, state_memory)
+    shardings = treedef.unflatten(map(place, leaves, memories))
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
     return shapes, shardings
 
 
-def init(tx: optax.GradientTransformation, params: Any, *, zero_axis: str | None = None) -> Any:
+def init(
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    zero_axis: str | None = None,
+    state_memory: StateMemory = None,
+) -> Any:
     """``tx.init(params)``, each state allocated where it belongs: never whole on one device.
 
     Args and errors are those of `state`. ``jax.jit(tx.init)(params)`` alone leaves every state
@@ -92,8 +119,36 @@ def init(tx: optax.GradientTransformation, params: Any, *, zero_axis: str | None
     >>> tuple(init(optax.adam(1e-3), params, zero_axis="data")[0].nu["w"].sharding.spec)
     ('data',)
     """
-    _, shardings = state(tx, params, zero_axis=zero_axis)
+    _, shardings = state(tx, params, zero_axis=zero_axis, state_memory=state_memory)
     return jax.jit(tx.init, out_shardings=shardings)(params)
+
+
+def streamed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The pair for a state of which a part is kept in the memory of the host.
+
+    Its update brings what is there to the device, and the new state back to where the old one was,
+    so it can stand in a jitted step and in the body of a `jax.lax.scan`. Put it outermost. What is
+    on the device already is left alone: without ``state_memory`` the update is that of ``tx``. The
+    classes of `optim` do this by themselves.
+
+    Args:
+      tx: any optax transformation.
+
+    >>> tx = streamed(optax.adam(1e-3))
+    >>> params = {"w": jax.numpy.ones(3)}
+    >>> state = init(tx, params, state_memory={"mu": "pinned_host"})
+    >>> _, state = jax.jit(tx.update)(params, state, params)
+    >>> [x.sharding.memory_kind for x in (state[0].mu["w"], state[0].nu["w"])]
+    ['pinned_host', 'device']
+    """
+    _check_pair(tx)
+    extended = optax.with_extra_args_support(tx)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates, new = extended.update(grads, on_device(state), params, **extra)
+        return updates, in_memory_of(state, new)
+
+    return optax.GradientTransformationExtraArgs(extended.init, update)  # pyright: ignore
 
 
 def shardings_of(tree: Any) -> Any:
@@ -133,6 +188,7 @@ class Plan:
       parameters, gradients: bytes on one device.
       states: bytes on one device by the name of the state.
       temporaries: bytes of the compiled update beside these; None if it was not compiled.
+      host: bytes in the memory of the host, for each device, by the name of the state.
     """
 
     devices: int
@@ -140,10 +196,11 @@ class Plan:
     gradients: int
     states: dict[str, int]
     temporaries: int | None = None
+    host: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """Bytes on one device."""
+        """Bytes on one device, without those in the memory of the host."""
         parts = (self.parameters, self.gradients, *self.states.values(), self.temporaries or 0)
         return sum(parts)
 
@@ -152,9 +209,16 @@ class Plan:
         if self.temporaries is not None:
             rows["temporaries"] = self.temporaries
         rows["in all"] = self.total
-        width = max(map(len, rows))
-        lines = [f"bytes on each of {self.devices} device{'s' * (self.devices != 1)}"]
-        return "\n".join([*lines, *(f"{k:<{width}}  {_bytes(v):>10}" for k, v in rows.items())])
+        width = max(map(len, [*rows, *self.host]))
+
+        def table(title: str, rows: dict[str, int]) -> list[str]:
+            return [title, *(f"{k:<{width}}  {_bytes(v):>10}" for k, v in rows.items())]
+
+        lines = table(f"bytes on each of {self.devices} device{'s' * (self.devices != 1)}", rows)
+        if self.host:
+            host = {**self.host, "in all": sum(self.host.values())}
+            lines += table("bytes in the memory of the host, for each device", host)
+        return "\n".join(lines)
 
 
 def plan(
@@ -162,12 +226,14 @@ def plan(
     params: Any,
     *,
     zero_axis: str | None = None,
+    state_memory: StateMemory = None,
     compile: bool = False,
 ) -> Plan:
     """What training with ``tx`` takes of each device; nothing is allocated.
 
     Args:
-      tx, params, zero_axis: see `state`; abstract parameters on an abstract mesh will do.
+      tx, params, zero_axis, state_memory: see `state`; abstract parameters on an abstract mesh
+        will do.
       compile: whether to compile the update too, which tells its temporaries; the mesh must
         have devices.
 
@@ -186,26 +252,30 @@ def plan(
     nu           256.0 KiB
     in all         4.5 MiB
     """
-    mesh = _one_mesh(params)
-    shapes, shardings = state(tx, params, zero_axis=zero_axis)
+    shapes, shardings = state(tx, params, zero_axis=zero_axis, state_memory=state_memory)
     like = jax.tree.map(lambda x: _abstract(as_array(x)), params)
+    leaves = jax.tree.leaves(like)
     temporaries = None
     if compile:
-        if not isinstance(mesh, Mesh):
+        if any(isinstance(getattr(x.sharding, "mesh", None), AbstractMesh) for x in leaves):
             raise ValueError("compile=True needs a mesh with devices, got an abstract one")
         temporaries = _temporaries(tx, like, shapes, shardings)
-    weights = sum(map(_on_one_device, jax.tree.leaves(like)))
+    weights = sum(map(_on_one_device, leaves))
+    states, host = (collections.defaultdict(int) for _ in range(2))
+    for leaf, x in zip(named(shapes, like), jax.tree.leaves(shapes), strict=True):
+        (host if x.sharding.memory_kind == HOST else states)[leaf.name] += _on_one_device(x)
     return Plan(
-        devices=math.prod(mesh.shape.values()),
+        devices=max((x.sharding.num_devices for x in leaves), default=1),
         parameters=weights,
         gradients=weights,
-        states=_by_name(shapes, like),
+        states=dict(states),
         temporaries=temporaries,
+        host=dict(host),
     )
 
 
 def _temporaries(tx: Any, params: Any, state_shapes: Any, state_shardings: Any) -> int:
-    extended = optax.with_extra_args_support(tx)
+    extended = streamed(tx)
 
     def step(old: Any, params: Any, grads: Any) -> Any:
         updates, new = extended.update(grads, old, params)
@@ -217,32 +287,29 @@ def _temporaries(tx: Any, params: Any, state_shapes: Any, state_shardings: Any) 
     return int(analysis.temp_size_in_bytes) if analysis is not None else 0
 
 
-def _by_name(shapes: Any, params: Any) -> dict[str, int]:
-    """Bytes by the name of a state: the last attribute on the way to a tree like the parameters."""
-    paths = {tuple(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    longest = max(map(len, paths), default=0)
-    result: dict[str, int] = collections.defaultdict(int)
-    for path, x in jax.tree_util.tree_leaves_with_path(shapes):
-        ends = (n for n in range(longest, 0, -1) if tuple(path[len(path) - n :]) in paths)
-        above = path[: len(path) - next(ends, 0)]
-        names = [k.name for k in above if isinstance(k, jax.tree_util.GetAttrKey)]
-        result[names[-1] if names else jax.tree_util.keystr(above)] += _on_one_device(x)
-    return dict(result)
-
-
 # --- helpers --------------------------------------------------------------------------------------
 
 
-def _one_mesh(params: Any) -> Mesh | AbstractMesh:
+def _check_pair(tx: Any) -> None:
+    if not isinstance(tx, optax.GradientTransformation):
+        kind = type(tx).__name__
+        raise TypeError(f"tx must be an optax pair, such as optim.adamw(lr=1e-3), got {kind}")
+
+
+def _one_mesh(params: Any, takes_device: bool) -> Mesh | AbstractMesh:
     meshes: list[Mesh | AbstractMesh] = []
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         sharding = getattr(x, "sharding", None)
-        if not isinstance(sharding, NamedSharding):
+        if isinstance(sharding, SingleDeviceSharding) and takes_device:
+            mesh = mesh_of(*sharding.device_set)
+        elif isinstance(sharding, NamedSharding):
+            mesh = sharding.mesh
+        else:
             raise ValueError(
                 f"parameter {path_name(path)!r} must lie on a mesh (NamedSharding), got {sharding}"
             )
-        if sharding.mesh not in meshes:
-            meshes.append(sharding.mesh)
+        if mesh not in meshes:
+            meshes.append(mesh)
     if len(meshes) != 1:
         raise ValueError(f"the parameters must lie on one mesh, got {len(meshes)}: {meshes}")
     return meshes[0]

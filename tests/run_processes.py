@@ -23,7 +23,9 @@ def put(x, *spec):
 
 def new():
     params = {name: put(x) for name, x in START.items()}
-    opt = optim.AdamW(params, lr=0.1, weight_decay=0.1, zero_axis="data")
+    opt = optim.AdamW(
+        params, lr=0.1, weight_decay=0.1, zero_axis="data", state_memory={"exp_avg": "pinned_host"}
+    )
     opt.max_gradient_norm = 1.0
     return opt, optim.lr_scheduler.LinearLR(opt, 0.1, 0.0, 10)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cerebras_jax.checks import is_traced
+from cerebras_jax.engine.memory import on_device
 from cerebras_jax.engine.trees import path_name
 
 _BLOCK = 1 << 12  # elements that share one factor of their weights
@@ -117,7 +118,7 @@ def _host_sums(words: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _device_sums(x: jax.Array) -> jax.Array:
-    words = _device_words(x)
+    words = _device_words(on_device(x))
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis in range(words.ndim):
         stride = math.prod(words.shape[axis + 1 :]) % 2**32

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from cerebras_jax.engine import rounding
 from cerebras_jax.engine.leaf import is_rounded
 from cerebras_jax.engine.lift import RuleState
+from cerebras_jax.engine.memory import on_device
 from cerebras_jax.engine.trees import leaf_paths
 from cerebras_jax.types import Array, Params
 
@@ -36,7 +37,7 @@ def full_precision(params: Params, state: Any) -> Any:
     for node in nodes:
         if isinstance(node, RuleState) and node.low_bits is not None:
             paths, leaves = leaf_paths(node.low_bits), jax.tree.leaves(node.low_bits)
-            bits |= zip(paths, leaves, strict=True)
+            bits |= zip(paths, on_device(leaves), strict=True)
     leaves, treedef = jax.tree.flatten(params)
     wide = [
         rounding.join(p, bits[name] if name in bits else jnp.zeros_like(p, jnp.int16))

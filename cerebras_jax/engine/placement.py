@@ -9,9 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import (
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from cerebras_jax.checks import is_traced
+from cerebras_jax.engine.memory import in_memory_of
 
 Placement = tuple[NamedSharding | None, ...] | None
 """For each array where it lies, if that is a mesh of several devices; None: none does."""
@@ -30,7 +37,7 @@ def home_of(arrays: Any) -> Sharding | None:
             if isinstance(x.sharding, NamedSharding):
                 return _everywhere(x.sharding.mesh)
             if len(x.sharding.device_set) == 1:
-                return x.sharding
+                return SingleDeviceSharding(*x.sharding.device_set)  # in the device's own memory
     return None
 
 
@@ -54,6 +61,8 @@ def beside(tree: Any, home: Sharding | None) -> Any:
 def in_place_of(old: Any, new: Any) -> Any:
     """A new value for an array: where the old one lies, unless it lies elsewhere on purpose.
 
+    It is in the memory where the old one was, in any case.
+
     Args:
       old: the array, or whatever stands in its place, which says nothing.
       new: an array of JAX or NumPy; that of NumPy is copied, others pass.
@@ -62,7 +71,7 @@ def in_place_of(old: Any, new: Any) -> Any:
     is_placed = isinstance(old, jax.Array) and not is_traced(old) and old.committed
     if is_placed and (is_host or _is_adrift(new)) and new.shape == old.shape:
         return copy_to(new, old.sharding)
-    return jnp.array(new) if is_host else new
+    return in_memory_of(old, jnp.array(new) if is_host else new)
 
 
 def copy_to(x: Any, where: Sharding) -> Any:

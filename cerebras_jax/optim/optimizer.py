@@ -10,6 +10,7 @@ from jax.sharding import Sharding
 
 from cerebras_jax.engine.hyper import normalize, saturating_increment
 from cerebras_jax.engine.lift import PureOptimizer
+from cerebras_jax.engine.memory import on_device
 from cerebras_jax.formats.state_dict import (
     check_keys,
     check_rule,
@@ -202,12 +203,15 @@ class Optimizer(Owner, ABC):
         self._state.update(kept or {})
 
     def visit_state(self, fn: Callable[[Array], Array | None]) -> None:
-        """Applies ``fn`` to every state value; what it returns, unless None, replaces it."""
+        """Applies ``fn`` to every state value; what it returns, unless None, replaces it.
+
+        What is kept in the memory of the host is given on the device, and replaced there.
+        """
         with self.lock:
             entries = self._entries()
             for entry in entries.values():
                 for key, value in entry.items():
-                    new = fn(value)
+                    new = fn(on_device(value))
                     if new is not None:
                         entry[key] = new
             self._set_entries(entries)

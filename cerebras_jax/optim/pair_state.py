@@ -10,7 +10,9 @@ from jax.sharding import Sharding
 from cerebras_jax.checks import is_number
 from cerebras_jax.engine import rounding
 from cerebras_jax.engine.hyper import normalize, saturating_increment
+from cerebras_jax.engine.memory import on_device
 from cerebras_jax.engine.placement import Placement, Placements, beside, in_place_of
+from cerebras_jax.engine.state_memory import StateMemory, in_memory
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import load_known, load_shared
 from cerebras_jax.optim import clocks, entries, numbers
@@ -47,6 +49,7 @@ class PairOptimizer(Optimizer):
     skip_spikes: SkipSpikes | None
     measure_gradients: bool
     measure_norms: bool | Sequence[str]
+    state_memory: StateMemory = None
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return normalize({name: group[name] for name in self.defaults})
@@ -87,7 +90,7 @@ class PairOptimizer(Optimizer):
             top, low = rounding.split(value.astype(jnp.float32))
             super().set_parameter(name, top)
             kept = self._state[place.leaf]
-            low = low if is_whole else jnp.where(top == old, kept, low)
+            low = low if is_whole else jnp.where(top == old, on_device(kept), low)
             self._state[place.leaf] = in_place_of(kept, low)
 
     def full_precision(self) -> Any:
@@ -98,7 +101,7 @@ class PairOptimizer(Optimizer):
                 places = self._catalogue().of[name]
                 mine = {k: v for k, v in places.items() if k == entries.LOW_BITS}
                 low = entries.read(self._state, mine, host).get(entries.LOW_BITS)
-                leaves.append(p if low is None else rounding.join(p, low))
+                leaves.append(p if low is None else rounding.join(p, on_device(low)))
             return self._treedef().unflatten(leaves)
 
     # --- state -------------------------------------------------------------------------------
@@ -112,8 +115,10 @@ class PairOptimizer(Optimizer):
         return self._full_entries(), self._shared(), self._seen(), self._checked
 
     def _take_state(self, state: Any) -> None:
-        """Sets the state; what lies nowhere goes beside the parameters."""
+        """Sets the state; what lies nowhere goes beside the parameters, each in its memory."""
         state = beside(state, self._home())
+        params = self._treedef().unflatten(self._values())
+        state = in_memory(state, params, self.state_memory)
         self._state, self._structure = jax.tree.flatten(state)
 
     def _settle(self) -> tuple[Sharding | None, Placement]:
@@ -382,6 +387,7 @@ class PairOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         leaves, structure = jax.tree.flatten(state["_state"])
         super().__setstate__({**state, "_state": leaves, "_structure": structure})
+        self._take_state(state["_state"])  # NumPy, and so pickle, knows no memories
 
 
 # --- helpers -------------------------------------------------------------------------------------

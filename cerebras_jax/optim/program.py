@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cerebras_jax.engine.memory import in_memory_of, on_device
 from cerebras_jax.engine.placement import Placement, explicit_shardings
 from cerebras_jax.engine.trees import as_array, check_grads, leaf_paths
 from cerebras_jax.optim.guarding import BOUNDS, Guard
@@ -170,13 +171,15 @@ def _take_step(
 ) -> tuple[list[Array], list[Array]]:
     """One step, in which XLA chooses the shardings, also where the mesh has explicit axes.
 
-    States need not lie as their parameters do, and the formulas do not say how they meet.
+    States need not lie as their parameters do, and the formulas do not say how they meet. Those in
+    the memory of the host are brought to the device, and back; see `sharding.streamed`.
     """
     step: Any = functools.partial(_step, plan)
     mesh, where = explicit_shardings((state, params))
     if mesh is not None:
         step = jax.sharding.auto_axes(step, axes=mesh.axis_names, out_sharding=where)
-    return step(state, params, inputs)  # pyright: ignore[reportCallIssue]
+    new_state, new_params = step(on_device(state), params, inputs)
+    return in_memory_of(state, new_state), new_params
 
 
 def _step(plan: Plan, state: list, params: list, inputs: Inputs) -> tuple[list[Array], list[Array]]:

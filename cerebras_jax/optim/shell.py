@@ -15,6 +15,7 @@ from cerebras_jax.engine.hyper import bind, needs_other_buffers, normalize
 from cerebras_jax.engine.leaf import Rounding, StateDtype
 from cerebras_jax.engine.lift import check_buffers
 from cerebras_jax.engine.placement import Placement
+from cerebras_jax.engine.state_memory import StateMemory
 from cerebras_jax.engine.trees import check_grads
 from cerebras_jax.formats import pytorch as torch_format
 from cerebras_jax.formats.state_dict import check_keys
@@ -56,6 +57,9 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
       zero_axis: a mesh axis over which the parameters are replicated, such as ``"data"``: every
         state is split over it (ZeRO-1); see `sharding.state`. Parameters and states stay where
         they are in every step.
+      state_memory: ``"pinned_host"`` keeps the states in the memory of the host, from where a step
+        brings them to the device, and back; a dict, such as ``{"exp_avg": "pinned_host"}``, those
+        that it names. See `sharding.state`.
     """
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -78,6 +82,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         around: Sequence[Wrapper] = ...,
         donate: Donate = ...,
         zero_axis: str | None = ...,
+        state_memory: StateMemory = ...,
         **kwargs: Any,
     ) -> None: ...
     def __init__(
@@ -90,6 +95,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         around: Sequence[Wrapper] = (),
         donate: Donate = "auto",
         zero_axis: str | None = None,
+        state_memory: StateMemory = None,
         **kwargs: Any,
     ):
         arguments = normalize(bind(self.maker.factory, type(self).__name__, args, kwargs))
@@ -101,6 +107,8 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self.state_dtype = state_dtype
         self.rounding: Rounding = rounding
         self.zero_axis = zero_axis
+        is_dict = isinstance(state_memory, Mapping)
+        self.state_memory = dict(state_memory) if is_dict else state_memory
         self._live_keys = self.maker.live(arguments)
         self.skip_nonfinite, self.skip_spikes = False, None
         self.measure_gradients = self.measure_norms = False
@@ -119,11 +127,12 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         plan = self._plan(statics, (), self._fitted, None)
         bounds = [getattr(self, name) for name in self._fitted.clips]
         params = plan.params.unflatten(self._values())
-        if self.zero_axis is None:
+        if self.zero_axis is None and self.state_memory is None:
             state = transformation(plan, values, bounds).init(params)
         else:  # numbers of the host: the shardings are found out on another mesh
             tx = transformation(plan, *jax.device_get((values, bounds)))
-            state = sharding.init(tx, params, zero_axis=self.zero_axis)
+            where: Any = {"zero_axis": self.zero_axis, "state_memory": self.state_memory}
+            state = sharding.init(tx, params, **where)
         self._take_state(state)
         vars(self).pop("_cache", None)
         self._catalogue()

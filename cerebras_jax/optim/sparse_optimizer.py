@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cerebras_jax.checks import is_traced
+from cerebras_jax.engine.memory import on_device
 from cerebras_jax.formats.state_dict import checked_layout, with_names
 from cerebras_jax.messages import shown
 from cerebras_jax.optim import entries
@@ -59,7 +60,8 @@ class SparseOptimizer(WatchedOptimizer):
                 raise ValueError("the optimizer is sparse already: by a wrapper in around=")
             self._regroup()
             params = self._treedef().unflatten(self._values())
-            fitted = self._masking(chosen).fitted(self._structure.unflatten(self._state), params)
+            state = self._structure.unflatten(on_device(self._state))
+            fitted = self._masking(chosen).fitted(state, params)
             if any(map(is_traced, jax.tree.leaves(fitted))):  # also a mask made of a seed alone
                 raise RuntimeError("apply allocates masks: call it outside of traced functions")
             self._take_state(fitted)

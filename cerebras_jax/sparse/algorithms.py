@@ -52,7 +52,8 @@ class Algorithm:
         """The mask of step 0: bool, like p."""
         if not self.starts_sparse:
             return jnp.ones(p.shape, bool)
-        with jax.ensure_compile_time_eval():
+        no_mesh = jax.sharding.AbstractMesh((), ())
+        with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(no_mesh):
             sparsity = float(jnp.float32(self.sparsity_at(0)))  # known when traced
         return INIT_METHODS[self.init_method](p, sparsity, key, self.cut(p))
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cerebras_jax.engine.lift import RuleState
+from cerebras_jax.engine.memory import on_device
 from cerebras_jax.engine.trees import align, leaf_paths
 from cerebras_jax.sparse.order import zero_after
 from cerebras_jax.types import Array, Params
@@ -48,7 +49,7 @@ def pack(mask: Any, before: Any = None) -> Array:
 
 def is_on(packed: Any, bits: Any = 1) -> Array:
     """The mask in packed bits; with ``bits=2`` the one before, with 3 what is on in both."""
-    return (packed & bits) == bits
+    return (on_device(packed) & bits) == bits
 
 
 def find_state(state: Any) -> SparseState:

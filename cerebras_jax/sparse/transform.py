@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
 from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.hyper import saturating_increment
-from cerebras_jax.engine.placement import beside, home_of
+from cerebras_jax.engine.placement import beside, explicit_shardings, home_of
 from cerebras_jax.engine.rounding import path_number
 from cerebras_jax.engine.trees import align, as_array, check_grads, check_params, leaf_paths
 from cerebras_jax.sparse import order
@@ -146,7 +147,7 @@ class _Member(NamedTuple):
     @property
     def key(self) -> tuple[Any, Any]:
         """What random keys are made of: seed and name as numbers that do not recompile."""
-        return jnp.asarray(self.seed, jnp.uint32), path_number(self.name)
+        return np.asarray(self.seed).astype(np.uint32), path_number(self.name)
 
 
 def _members(
@@ -176,7 +177,11 @@ def _first_mask(member: _Member | None, p: Array) -> Array | None:
     sharding = None if is_traced(p) or not isinstance(p.sharding, NamedSharding) else p.sharding
     try:
         member.algorithm.cut(p)
-        return _make_first_mask(member.algorithm, sharding, member.key, p)
+        make: Any = functools.partial(_make_first_mask, member.algorithm, sharding)
+        mesh, where = explicit_shardings(p)
+        if mesh is not None:
+            make = jax.sharding.auto_axes(make, axes=mesh.axis_names, out_sharding=where)
+        return make(member.key, p)
     except ValueError as error:
         raise ValueError(f"parameter {member.name!r}: {error}") from None
 

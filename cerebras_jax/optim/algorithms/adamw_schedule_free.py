@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cerebras_jax.checks import check, check_pair
+from cerebras_jax.engine.memory import on_device
 from cerebras_jax.optim.classes import Optimizer
 from cerebras_jax.rule import Rule, RuleState, add_weight_decay, bias_correction, per_parameter
 from cerebras_jax.transforms.averages import parameter_tree
@@ -161,7 +162,7 @@ def _is_schedule_free(x: Any) -> bool:
 
 
 def _average(beta1: Array, z: Array, y: Array) -> Array:
-    return (y + (1 - 1 / beta1) * (z - y)).astype(y.dtype)
+    return (y + (1 - 1 / beta1) * (on_device(z) - y)).astype(y.dtype)
 
 
 class AdamWScheduleFree(Optimizer.of(adamw_schedule_free, enable_global_step=True)):
