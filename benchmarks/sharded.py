@@ -6,7 +6,9 @@ the same shardings, with all results pinned to where the arguments lie.
 
 import os
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
 
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +62,9 @@ def pure(name: str, tx: Any, params: Any, x: Any, zero_axis: str | None) -> Cont
         updates, state = tx.update(jax.grad(loss_of)(params, x), state, params)
         return state, optax.apply_updates(params, updates)
 
-    return _running(name, jax.jit(step, donate_argnums=(0, 1), out_shardings=where), state, params, x)
+    return _running(
+        name, jax.jit(step, donate_argnums=(0, 1), out_shardings=where), state, params, x
+    )
 
 
 def _running(name: str, step: Callable[..., Any], state: Any, params: Any, x: Any) -> Contender:

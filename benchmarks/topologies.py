@@ -94,7 +94,13 @@ def zero(mesh: Mesh, tx: Any) -> dict[str, list[str]]:
 def plan(mesh: Mesh, tx: Any) -> dict[str, list[str]]:
     """The update of a 70B model, whose layers are stacked."""
     n, d, f = _LAYERS, _WIDTH, _HIDDEN
-    wide = {"q": (n, d, d), "k": (n, d, 1024), "v": (n, d, 1024), "gate": (n, d, f), "up": (n, d, f)}
+    wide = {
+        "q": (n, d, d),
+        "k": (n, d, 1024),
+        "v": (n, d, 1024),
+        "gate": (n, d, f),
+        "up": (n, d, f),
+    }
     specs = {
         **{name: (shape, (None, "fsdp", "tp")) for name, shape in wide.items()},
         **{k: (s, (None, "tp", "fsdp")) for k, s in {"o": (n, d, d), "down": (n, f, d)}.items()},

@@ -456,6 +456,26 @@ def test_repr():
     assert text.startswith("AdamW (")
     assert "lr: 0.25" in text
     assert "3 arrays, 9 elements" in text
+    assert text.splitlines()[-2].startswith("    params")  # no setting is shown that is a default
+
+
+def test_settings_are_shown():
+    opt = optim.AdamW(PARAMS, lr=0.25, rounding="stochastic", state_dtype={"exp_avg": "bfloat16"})
+    opt.skip_nonfinite, opt.max_gradient_norm = True, 1.5
+    for text in (repr(opt), opt._repr_html_()):
+        for shown in ("skip_nonfinite: True", "max_gradient_norm: 1.5", "rounding: stochastic"):
+            assert shown in text
+        assert "exp_avg" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("state_dtype", "bfloat16"), ("rounding", "exact"), ("zero_axis", "data")]
+)
+def test_what_states_are_allocated_with_is_not_edited(name, value):
+    opt = optim.AdamW(PARAMS, lr=0.25)
+    with pytest.raises(AttributeError, match=f"{name} is chosen when AdamW is made"):
+        setattr(opt, name, value)
+    setattr(opt, name, getattr(opt, name))
 
 
 def test_rich_display():

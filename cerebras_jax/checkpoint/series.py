@@ -82,6 +82,9 @@ class Checkpoints:
         self._saved: int | None = None  # the step that was saved or restored last
         self._is_begun = False
 
+    def __repr__(self) -> str:
+        return f"Checkpoints({str(self.folder)!r})"
+
     @property
     def folder(self) -> Path:
         """Where the checkpoints are."""

@@ -8,7 +8,14 @@ import jax
 
 from cerebras_jax.engine.hyper import normalize
 from cerebras_jax.formats.state_dict import plain_value
+from cerebras_jax.optim.guarding import SETTINGS
 from cerebras_jax.optim.owner import Owner
+
+
+_SHOWN = (
+    *SETTINGS,
+    *("sparsity", "state_dtype", "rounding", "zero_axis", "state_memory", "pack", "around"),
+)
 
 
 def as_text(optimizer: Owner) -> str:
@@ -20,6 +27,7 @@ def as_text(optimizer: Owner) -> str:
         lines.append(f"Parameter Group {i}")
         lines += [f"    {k}: {plain_value(v)}" for k, v in sorted(_values_of(group).items())]
         lines.append(f"    params: {len(group['params'])} arrays, {total:,} elements")
+    lines += [f"{name}: {value}" for name, value in _settings_of(optimizer).items()]
     if optimizer.copied:
         lines.append(f"copied before steps, because held elsewhere: {optimizer.copied} arrays")
     return "\n".join([*lines, ")"])
@@ -40,10 +48,28 @@ def as_html(optimizer: Owner, state: Any) -> str:
     total = sum(x.nbytes for x in jax.tree.leaves(state))
     body = "".join(f"<tr><td>{i}</td>{row}</tr>" for i, row in enumerate(rows))
     title = html.escape(type(optimizer).__name__)
+    given = [f"{name}: {value}" for name, value in _settings_of(optimizer).items()]
+    settings = html.escape("".join(f"; {x}" for x in given))
     return (
         f"<table><caption><code>{title}</code>: {len(values)} arrays, "
-        f"{total:,} bytes of state</caption><tr><th>group</th>{head}</tr>{body}</table>"
+        f"{total:,} bytes of state{settings}</caption>"
+        f"<tr><th>group</th>{head}</tr>{body}</table>"
     )
+
+
+def _settings_of(optimizer: Owner) -> dict[str, Any]:
+    """What the whole optimizer does, beside the values of its groups, where it is not the default."""
+    values = {name: getattr(optimizer, name, None) for name in _SHOWN}
+    return {
+        name: getattr(value, "tolist", lambda value=value: value)()
+        for name, value in values.items()
+        if not _is_default(value)
+    }
+
+
+def _is_default(value: Any) -> bool:
+    is_plain = value is None or isinstance(value, bool | str | tuple)
+    return is_plain and value in (None, False, "nearest", ())
 
 
 def _values_of(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,11 @@ class SparseOptimizer(WatchedOptimizer):
 
     _sparsity: Sparsity | None = None
 
+    @property
+    def sparsity(self) -> Sparsity | None:
+        """What `apply` was given; None: nothing, the optimizer is dense."""
+        return self._sparsity
+
     def apply(self, sparsity: Sparsity | Groups) -> None:
         """Makes the optimizer sparse: prunes its parameters and states now and after every step.
 

@@ -7,6 +7,8 @@ from cerebras_jax.optim.pair_state import PairOptimizer
 from cerebras_jax.transforms.finite import GuardState, check_skips
 from cerebras_jax.transforms.norms import check_kinds
 
+_MADE_WITH = frozenset({"state_dtype", "rounding", "zero_axis", "state_memory"})
+
 SCALED = (-1, "loss_scale")  # among the live values: steps came with a scaler
 
 
@@ -17,11 +19,21 @@ class WatchedOptimizer(PairOptimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in SETTINGS:
+            if name in _MADE_WITH and vars(self).get("_structure") is not None:
+                self._check_made_with(name, value)
             return super().__setattr__(name, value)
         with self.lock:
             super().__setattr__(name, value)
             if vars(self).get("_structure") is not None:
                 self._fit_guard()
+
+    def _check_made_with(self, name: str, value: Any) -> None:
+        """Refuses to change what the states were allocated with."""
+        if value != getattr(self, name):
+            raise AttributeError(
+                f"{name} is chosen when {type(self).__name__} is made: its states are allocated "
+                f"with {getattr(self, name)!r}, got {value!r}"
+            )
 
     def _guard(self) -> Guard:
         clips = tuple(name for name in BOUNDS if getattr(self, name) is not None)
