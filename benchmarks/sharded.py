@@ -1,7 +1,7 @@
 """A training step on a mesh against one written by hand: ``python -m benchmarks.sharded``.
 
-Eight devices, fake ones on a CPU; forward, backward and AdamW. By hand: `jax.jit`, optax's pair, and
-the same shardings, with all results pinned to where the arguments lie.
+Eight devices, fake ones on a CPU; forward, backward and AdamW. By hand: `jax.jit`, optax's pair,
+and the same shardings, with all results pinned to where the arguments lie.
 """
 
 import os

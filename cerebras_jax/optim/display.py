@@ -11,7 +11,6 @@ from cerebras_jax.formats.state_dict import plain_value
 from cerebras_jax.optim.guarding import SETTINGS
 from cerebras_jax.optim.owner import Owner
 
-
 _SHOWN = (
     *SETTINGS,
     *("sparsity", "state_dtype", "rounding", "zero_axis", "state_memory", "pack", "around"),
@@ -58,7 +57,7 @@ def as_html(optimizer: Owner, state: Any) -> str:
 
 
 def _settings_of(optimizer: Owner) -> dict[str, Any]:
-    """What the whole optimizer does, beside the values of its groups, where it is not the default."""
+    """What the whole optimizer does, beside its groups, where that is not the default."""
     values = {name: getattr(optimizer, name, None) for name in _SHOWN}
     return {
         name: getattr(value, "tolist", lambda value=value: value)()
