@@ -16,6 +16,8 @@ from cerebras_jax.train import data, folder, gpt, report, run
 from cerebras_jax.train.cli import main
 from cerebras_jax.train.losses import LateLosses
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CONFIG = {
     "optimizer": {
         "optimizer_type": "AdamW",
