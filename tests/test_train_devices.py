@@ -93,12 +93,12 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path, text, alone, mon
     assert "; 8 devices, data=4,model=2, states split over data\n" in result.output
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["train"]["mesh"] == {"data": 4, "model": 2}
-    go_on = ["train", "--data", text, "--resume", tmp_path / "run", "--steps", 4]
+    go_on = ["train", "--data", str(text), "--resume", str(tmp_path / "run"), "--steps", "4"]
     fewer(monkeypatch, 1)
-    result = invoke(tmp_path, *go_on)
+    result = CliRunner().invoke(main, go_on)
     assert result.exit_code == 2
     assert "as many devices as there are, got data=4,model=2 for 1" in result.stderr
-    result = invoke(tmp_path, *go_on, "--mesh", "data=1")
+    result = CliRunner().invoke(main, [*go_on, "--mesh", "data=1"])
     assert "resumed after 2 steps" in result.output, result.output
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     seen = [r["loss"] for r in map(json.loads, lines) if "loss" in r]
@@ -119,7 +119,7 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path, text, alone, mon
         ([], {"batch_size": 12}, "axis data of train.mesh times train.grad_accum_steps, got 12"),
         ([], {"grad_accum_steps": 4}, "got 16 for 8 x 4"),
         (["--mesh", "data=2,model=4"], {}, "must divide train.heads, got 4 for 2"),
-        (["--mesh", "model=8"], {"heads": 16}, None),
+        (["--mesh", "model=8"], {"heads": 8}, None),
         (["--process-id", "0"], {}, "--process-id must stand with --distributed"),
         (["--distributed", "--processes", "2"], {}, "must stand with --coordinator, --process-id"),
         (
@@ -175,7 +175,7 @@ def test_the_plan_is_what_a_run_takes(tmp_path, text, arguments):
         return sum(s.data.nbytes for s in shards if s.device == jax.devices()[0])
 
     for name in ("parameters", "exp_avg", "exp_avg_sq"):
-        assert planned[name] == pytest.approx(here(name), rel=0.02)  # as it is rounded in print
+        assert planned[name] == pytest.approx(here(name), rel=0.04)  # as it is rounded in print
     assert planned["gradients"] == planned["parameters"]
 
 

@@ -195,15 +195,15 @@ def _begin(
 ) -> tuple[Run, Path, Checkpoints | None, int]:
     """A run, its folder, where it saves if it does, and how many steps it has taken."""
     if resume is None:
-        if out is not None:
-            from_first(lambda: str(folder.check_folder(out, overwrite)))
+        from_first(lambda: str(out and folder.check_folder(out, overwrite)))
         run, resolved = _load(config, text, options)
         made = from_first(lambda: _path_for_all(folder.make_folder(out, overwrite, resolved)))
         run_folder = Path(made)
         return run, run_folder, _checkpoints(run, run_folder), 0
     if out is not None or overwrite:
         raise ValueError("--resume goes on in the run's own folder, without --out and --overwrite")
-    resume = Path(from_first(lambda: _path_for_all(resume)))
+    given = resume
+    resume = Path(from_first(lambda: _path_for_all(given)))
     folder.check_run(resume)
     stored = read_config(resume / folder.CONFIG)
     run, resolved = _load(config or resume / folder.CONFIG, text, options)

@@ -166,9 +166,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _checked(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], str]:
-    shape, dtype = entry, "float32"
-    if isinstance(entry, dict):
-        shape, dtype = entry.get("shape"), entry.get("dtype", dtype)
+    given: dict[str, Any] = entry if isinstance(entry, dict) else {"shape": entry}
+    shape: Any = given.get("shape")
+    dtype: Any = given.get("dtype", "float32")
     is_shape = isinstance(shape, list | tuple) and all(
         isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MOST for n in shape
     )

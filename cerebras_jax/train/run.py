@@ -121,8 +121,8 @@ class Run:
         self.mesh = devices.mesh_of(settings)
         if self.mesh is not None:
             devices.place(self.model, self.mesh)
-        is_split = self.mesh is not None and settings.zero is not False
-        zero_axis = "data" if is_split else None
+        self.zero = self.mesh is not None and settings.zero is not False
+        zero_axis = "data" if self.zero else None
         self.opt, self.schedulers = recipe.optimizer(self.model, zero_axis=zero_axis)
         if "measure_gradients" in self.opt.settings:
             self.opt.measure_gradients = True  # pyright: ignore
@@ -142,7 +142,7 @@ class Run:
         """Where the run lies, for its first line; nothing, if that is one device."""
         if self.mesh is None:
             return ""
-        zero = "states split over data" if self.opt.zero_axis else "states whole"
+        zero = "states split over data" if self.zero else "states whole"
         sizes = mesh_text(self.mesh.shape)
         of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         return f"; {self.mesh.size} devices{of}, {sizes}, {zero}"
