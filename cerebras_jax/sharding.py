@@ -33,7 +33,8 @@ def state(
       params: a pytree of arrays, or of `jax.ShapeDtypeStruct` with shardings, on one mesh.
       zero_axis: a mesh axis over which parameters are replicated, such as ``"data"``. Every state
         is split over it, along the first dimension that it divides (ZeRO-1); a state that lies
-        along this axis already, or that it does not divide, stays as it is.
+        along this axis already, or that it does not divide, stays as it is, and so do vectors with
+        a number for each parameter, such as step counts.
 
     Returns:
       Two trees like the state: `jax.ShapeDtypeStruct`, and `jax.sharding.NamedSharding`, which
@@ -63,10 +64,13 @@ def state(
         like = NamedSharding(explicit, x.sharding.spec)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like)
 
-    def place(x: Any) -> NamedSharding:
+    owned = _Owned(params)
+
+    def place(path: Any, x: Any) -> NamedSharding:
         spec = tuple(x.sharding.spec) if x.sharding is not None else ()
         full = [*spec, *[None] * (x.ndim - len(spec))]
-        if zero_axis is not None:
+        is_count = x.ndim == 1 and x.size <= owned.number and not owned.length(path)
+        if zero_axis is not None and not is_count:
             full = _with_axis(x.shape, full, zero_axis, mesh)
         while full and full[-1] is None:  # one way to write it: JAX compares specs as written
             full.pop()
@@ -74,7 +78,7 @@ def state(
 
     with jax.sharding.use_abstract_mesh(explicit):
         shapes = jax.eval_shape(tx.init, jax.tree.map(typed, params))
-    shardings = jax.tree.map(place, shapes)
+    shardings = jax.tree_util.tree_map_with_path(place, shapes)
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
@@ -219,12 +223,10 @@ def _temporaries(tx: Any, params: Any, state_shapes: Any, state_shardings: Any) 
 
 def _by_name(shapes: Any, params: Any) -> dict[str, int]:
     """Bytes by the name of a state: the last attribute on the way to a tree like the parameters."""
-    paths = {tuple(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    longest = max(map(len, paths), default=0)
+    owned = _Owned(params)
     result: dict[str, int] = collections.defaultdict(int)
     for path, x in jax.tree_util.tree_leaves_with_path(shapes):
-        ends = (n for n in range(longest, 0, -1) if tuple(path[len(path) - n :]) in paths)
-        above = path[: len(path) - next(ends, 0)]
+        above = path[: len(path) - owned.length(path)]
         names = [k.name for k in above if isinstance(k, jax.tree_util.GetAttrKey)]
         result[names[-1] if names else jax.tree_util.keystr(above)] += _on_one_device(x)
     return dict(result)
@@ -246,6 +248,22 @@ def _one_mesh(params: Any) -> Mesh | AbstractMesh:
     if len(meshes) != 1:
         raise ValueError(f"the parameters must lie on one mesh, got {len(meshes)}: {meshes}")
     return meshes[0]
+
+
+class _Owned:
+    """Tells whose states are whose: the path of a parameter's state ends with the parameter's."""
+
+    def __init__(self, params: Any):
+        self._paths = {tuple(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+        self._longest = max(map(len, self._paths), default=0)
+        self.number = len(self._paths)
+
+    def length(self, path: Any) -> int:
+        """Of the parameter's path at the end of a state's; 0 if it belongs to none."""
+        ends = (
+            n for n in range(self._longest, 0, -1) if tuple(path[len(path) - n :]) in self._paths
+        )
+        return next(ends, 0)
 
 
 def _with_axis(
