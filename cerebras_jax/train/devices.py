@@ -49,8 +49,8 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
 def layout(name: str, sizes: Mapping[str, int]) -> PartitionSpec:
     """How a parameter of the GPT lies on a mesh: matrices are split over the axis ``model``.
 
-    >>> layout("blocks.0.dense_in.kernel", {"data": 4, "model": 2})
-    PartitionSpec(None, 'model')
+    >>> tuple(layout("blocks.0.dense_in.kernel", {"data": 4, "model": 2}))
+    (None, 'model')
     """
     found = (s for pattern, s in _SPLIT.items() if fnmatch.fnmatchcase(name, pattern))
     return next(found, PartitionSpec()) if sizes["model"] > 1 else PartitionSpec()
