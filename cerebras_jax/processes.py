@@ -1,6 +1,8 @@
 """Several processes that train together: what each of them holds for itself must be equal."""
 
 import hashlib
+import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +10,53 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cerebras_jax.checks import is_number, is_traced
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which writes what is written once."""
+    return jax.process_index() == 0
+
+
+def from_first(make: Callable[[], str]) -> str:
+    """What ``make`` returns on process 0, which alone calls it; all of them must call this.
+
+    Raises:
+      Exception: on process 0, what ``make`` raises.
+      ValueError: on the others, if it raised, with its text.
+    """
+    if jax.process_count() == 1:
+        return make()
+    error, answer = None, {}
+    if is_first():
+        try:
+            answer = {"made": make()}
+        except Exception as raised:
+            error, answer = raised, {"error": str(raised)}
+    answer = json.loads(_broadcast(json.dumps(answer).encode()))
+    if error is not None:
+        raise error
+    if "error" in answer:
+        raise ValueError(f"process 0: {answer['error']}")
+    return answer["made"]
+
+
+def _broadcast(data: bytes) -> bytes:
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    padded = np.frombuffer(data[:size].ljust(size), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))
+
+
+def on_host(x: Any) -> np.ndarray:
+    """A whole array in the memory of every process; all of them must call this."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+def meet(where: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
 
 
 def check_equal(text: str, what: str) -> None:

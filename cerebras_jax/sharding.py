@@ -24,7 +24,13 @@ from jax.sharding import (
 )
 
 from cerebras_jax.engine.memory import HOST, in_memory_of, mesh_of, on_device
-from cerebras_jax.engine.state_memory import StateMemory, check_memory, memories_of, named
+from cerebras_jax.engine.state_memory import (
+    Leaf,
+    StateMemory,
+    check_memory,
+    memories_of,
+    named,
+)
 from cerebras_jax.engine.trees import as_array, path_name
 from cerebras_jax.processes import check_equal_numbers
 from cerebras_jax.stateful import Stateful
@@ -47,7 +53,8 @@ def state(
         on one device, which then is a mesh with the axis ``"device"``.
       zero_axis: a mesh axis over which parameters are replicated, such as ``"data"``. Every state
         is split over it, along the first dimension that it divides (ZeRO-1); a state that lies
-        along this axis already, or that it does not divide, stays as it is.
+        along this axis already, or that it does not divide, stays as it is, and so do vectors with
+        a number for each parameter, such as step counts.
       state_memory: ``"pinned_host"`` keeps every array that belongs to one parameter in the
         memory of the host; a dict, such as ``{"exp_avg": "pinned_host"}``, those that it names.
         Scalars and step counts stay on the device. See `streamed`.
@@ -82,10 +89,13 @@ def state(
         like = NamedSharding(explicit, spec)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like)
 
-    def place(x: Any, memory: str | None) -> NamedSharding:
+    number = len(jax.tree.leaves(params))
+
+    def place(x: Any, leaf: Leaf, memory: str | None) -> NamedSharding:
         spec = tuple(x.sharding.spec) if x.sharding is not None else ()
         full = [*spec, *[None] * (x.ndim - len(spec))]
-        if zero_axis is not None:
+        is_count = x.ndim == 1 and x.size <= number and not leaf.is_movable
+        if zero_axis is not None and not is_count:
             full = _with_axis(x.shape, full, zero_axis, mesh)
         while full and full[-1] is None:  # one way to write it: JAX compares specs as written
             full.pop()
@@ -94,8 +104,8 @@ def state(
     with jax.sharding.use_abstract_mesh(explicit):
         shapes = jax.eval_shape(tx.init, jax.tree.map(typed, params))
     leaves, treedef = jax.tree.flatten(shapes)
-    memories = memories_of(shapes, params, state_memory)
-    shardings = treedef.unflatten(map(place, leaves, memories))
+    kinds, memories = named(shapes, params), memories_of(shapes, params, state_memory)
+    shardings = treedef.unflatten(map(place, leaves, kinds, memories))
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )

@@ -59,3 +59,13 @@ def compilations():
         assert _compiled[0] - before == count
 
     return expect
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """The training command on a machine with one device."""
+    from cerebras_jax.train import devices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "at_hand", lambda: jax.devices()[:1])
+        yield

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from cerebras_jax.train import cli, folder, run
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 BUDGET = settings(
     max_examples=int(os.environ.get("CLI_FUZZ_EXAMPLES", "40")),
     deadline=None,

@@ -76,11 +76,11 @@ FLOORS = [
     {"formats.convert"},
     {"recipe"},
     {""},  # the face of the package
-    {"train.data", "train.folder", "train.gpt", "train.losses", "train"},
-    {"train.tensorboard"},
+    {"train.data", "train.folder", "train.interrupts", "train.losses", "train.settings", "train"},
+    {"train.gpt", "train.tensorboard"},
     {"train.report"},
-    {"train.answers"},
-    {"train.run", "train.convert_cli"},
+    {"train.answers", "train.devices"},
+    {"train.run", "train.convert_cli", "train.distributed", "train.plan_cli"},
     {"train.cli"},
     {"__main__"},
 ]

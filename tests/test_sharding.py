@@ -122,6 +122,20 @@ def test_zero_keeps_an_eighth_of_each_state_on_each_device():
         )
 
 
+def test_clocks_are_whole_also_if_their_number_is_that_of_the_devices():
+    """Every process reads them: a checkpoint has them parameter by parameter."""
+    params = {str(i): jnp.ones(8) for i in range(8)}
+    on = NamedSharding(mesh(), WHOLE)
+    opt = optim.AdamW(jax.device_put(params, on), lr=0.1, zero_axis="data")
+    clocks = [x for x in opt.parts().arrays if x.dtype == jnp.int32 or x.shape != (8,)]
+    assert opt.state["0"]["exp_avg"].sharding.spec == PartitionSpec("data")
+    tx = optim.adamw(lr=0.1, per_leaf_clocks=True)
+    _, where = sharding.state(tx, jax.device_put(params, on), zero_axis="data")
+    assert where.count.spec == WHOLE
+    assert where.states.exp_avg["0"].spec == PartitionSpec("data")
+    assert all(x.sharding.is_fully_replicated for x in clocks)
+
+
 def test_one_program_with_a_schedule_a_scaler_and_a_guard(compilations):
     params, axis = placed("zero")
     opt = optim.AdamW(params, lr=0.1, zero_axis=axis)

@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from cerebras_jax.train.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CONFIG = {
     "optimizer": {
         "optimizer_type": "SGD",

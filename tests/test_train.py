@@ -16,6 +16,8 @@ from cerebras_jax.train import data, folder, gpt, report, run
 from cerebras_jax.train.cli import main
 from cerebras_jax.train.losses import LateLosses
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CONFIG = {
     "optimizer": {
         "optimizer_type": "AdamW",
@@ -531,7 +533,7 @@ def test_the_option_of_parts_comes_before_the_optimizers(tmp_path, text):
 
 def test_losses_that_arrive_in_bunches_make_no_wild_speeds(tmp_path, text, monkeypatch):
     class Bunches(LateLosses):
-        def __init__(self, tell):
+        def __init__(self, tell, **options):
             seconds = {0: 60.0, 1: 2.0, 2: 1e-6, 3: 2.0}
             super().__init__(lambda loss: tell(loss._replace(seconds=seconds[loss.step])))
 
@@ -546,3 +548,25 @@ def test_a_batch_that_cannot_be_parted_is_refused(tmp_path, text):
     result, _ = invoke(tmp_path, CONFIG, "--data", str(text), "--grad-accum-steps", "7")
     assert result.exit_code != 0
     assert "batch_size must be a multiple of train.grad_accum_steps" in result.output
+
+
+# --- other commands -------------------------------------------------------------------------------
+
+
+def test_the_list_of_commands_is_whole():
+    lines = CliRunner().invoke(main, ["--help"]).output.splitlines()
+    commands = lines[lines.index("Commands:") + 1 :]
+    assert [line.split()[0] for line in commands] == sorted(main.commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
+
+
+def test_a_picture_that_cannot_be_written(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "folder.png").mkdir()
+    for name, reason in (("no/x.png", "no folder"), ("folder.png", "Is a directory")):
+        out = tmp_path / name
+        result = CliRunner().invoke(
+            main, ["schedule", str(tmp_path / "config.yaml"), "-o", str(out)]
+        )
+        assert result.exit_code == 2
+        assert f"{out} cannot be written: {reason}" in result.stderr

@@ -12,6 +12,8 @@ from click.testing import CliRunner
 from cerebras_jax.train import run
 from cerebras_jax.train.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CONFIG = {
     "optimizer": {
         "optimizer_type": "AdamW",

@@ -4,6 +4,7 @@ References:
   https://huggingface.co/docs/safetensors
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ import numpy as np
 from cerebras_jax.formats.files import written_whole
 from cerebras_jax.formats.run import Run
 from cerebras_jax.messages import import_extra
+
+_MOST_HEADER = 100_000_000  # as in safetensors itself
+_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64"},
+}
 
 
 def read(path: str | Path) -> Run:
@@ -46,6 +53,26 @@ def load(path: str | Path) -> dict[str, np.ndarray]:
         return module.numpy.load_file(path)
     except module.SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def read_shapes(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The shape and dtype of each array, from the file's header alone.
+
+    Raises:
+      ValueError: if it is no header.
+    """
+    with Path(path).open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(size) if size <= _MOST_HEADER else b""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        return {
+            name: {"shape": entry["shape"], "dtype": _DTYPES.get(entry["dtype"], entry["dtype"])}
+            for name, entry in header.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"{path} has no header of a .safetensors file") from None
 
 
 def save(path: str | Path, arrays: dict[str, Any]) -> None:

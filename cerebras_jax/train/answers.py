@@ -1,12 +1,15 @@
 """How commands answer: what is wrong with their input is one line and the exit code 2."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import click
 from jax.errors import JaxRuntimeError
 
+from cerebras_jax.processes import is_first
+from cerebras_jax.recipe import Recipe, load_recipe
 from cerebras_jax.train import report
 
 # What a user, a disk or a device does wrong; anything else is our mistake and shows a traceback.
@@ -28,6 +31,22 @@ def told() -> Iterator[None]:
         yield
     except EXPECTED as error:
         raise WrongInput(one_line(error)) from None
+
+
+def quiet_recipe(source: Any) -> Recipe:
+    """The recipe of a configuration, its warnings as lines on standard error."""
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        recipe = load_recipe(source)
+    for message in recipe.warnings:
+        tell(f"Warning: {one_line(message)}")
+    return recipe
+
+
+def tell(line: str) -> None:
+    """A line on standard error, once for all processes."""
+    if is_first():
+        click.echo(line, err=True)
 
 
 def one_line(message: Any, most: int = 400) -> str:

@@ -2,29 +2,33 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.resources
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+import jax
 import yaml
 
 from cerebras_jax.checkpoint import Checkpoints, inspect
 from cerebras_jax.checkpoint.files import latest
 from cerebras_jax.messages import shown
-from cerebras_jax.recipe import Recipe, load_recipe
+from cerebras_jax.processes import check_equal, from_first, is_first
 from cerebras_jax.train import data, folder, report
-from cerebras_jax.train.answers import EXPECTED, one_line, told
+from cerebras_jax.train.answers import EXPECTED, one_line, quiet_recipe, tell, told
 from cerebras_jax.train.convert_cli import convert_command
-from cerebras_jax.train.run import RANGES, Run, TrainSettings, train
+from cerebras_jax.train.distributed import PATIENCE, check_options, joined
+from cerebras_jax.train.plan_cli import mesh_option, plan_command, zero_option
+from cerebras_jax.train.run import Run, train
+from cerebras_jax.train.settings import RANGES, TrainSettings, parse_mesh
 from cerebras_jax.train.tensorboard import Events, import_writer
 from cerebras_jax.yaml_config import read_config
 
 # What of the section ``train`` may be another when a run is resumed.
-_MAY_DIFFER = ("steps", "eval_every", "save_every", "keep")
+_MAY_DIFFER = ("steps", "eval_every", "save_every", "keep", "mesh", "zero")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,9 +40,10 @@ def main(context: click.Context) -> None:
 
 
 main.add_command(convert_command)
+main.add_command(plan_command)
 
 
-@main.command("schedule")
+@main.command("schedule", short_help="Print and draw a configuration's schedules.")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Draw the curve into this PNG.")
 @click.option("--steps", type=click.IntRange(*RANGES["steps"]), help="How many steps to show.")
@@ -46,7 +51,9 @@ def schedule_command(config: Path, out: Path | None, steps: int | None) -> None:
     """Print and draw the learning rate and weight decay of CONFIG.yaml."""
     console = report.plain_console()
     with told():
-        recipe = _quiet_recipe(config)
+        if out is not None and not out.parent.is_dir():
+            raise FileNotFoundError(f"--out {out} cannot be written: no folder {out.parent}")
+        recipe = quiet_recipe(config)
         schedules = {key: recipe.schedule(key) for key in ("lr", "weight_decay") if recipe.has(key)}
         table = report.schedule_table(schedules, steps, recipe.optimizer_class.__name__)
         if out is not None:
@@ -61,7 +68,7 @@ def _train_option(name: str, what: str) -> Any:
     return click.option(flag, type=click.IntRange(*RANGES[name]), help=what)
 
 
-@main.command("train")
+@main.command("train", short_help="Train a small GPT.")
 @click.argument(
     "config", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
 )
@@ -85,13 +92,28 @@ def _train_option(name: str, what: str) -> Any:
     help="Go on with the run in this folder from its latest checkpoint.",
 )
 @click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard, too.")
+@mesh_option
+@zero_option
+@click.option(
+    "--distributed", is_flag=True, help="Be one of several processes with the same command."
+)
+@click.option("--coordinator", metavar="HOST:PORT", help="Where process 0 is to be found.")
+@click.option("--process-id", type=click.IntRange(0), help="Which of the processes this is.")
+@click.option("--processes", type=click.IntRange(1), help="How many there are.")
+@click.option(
+    "--patience",
+    type=click.IntRange(*PATIENCE),
+    default=60,
+    show_default=True,
+    help="Seconds that another process may be silent.",
+)
 def train_command(
     config: Path | None,
-    data: Path | None,
-    out: Path | None,
-    overwrite: bool,
-    resume: Path | None,
-    tensorboard: bool,
+    distributed: bool,
+    coordinator: str | None,
+    process_id: int | None,
+    processes: int | None,
+    patience: int,
     **options: Any,
 ) -> None:
     """Train a small byte-level GPT with the optimizer of CONFIG.yaml.
@@ -105,14 +127,43 @@ def train_command(
     A run that was interrupted or killed goes on with --resume RUN, and the same --data, as if it
     had not been; --steps may be more than before.
 
+    All devices at hand train together, with a part of each batch each (data parallel), and the
+    states of the optimizer are split over them (ZeRO). --mesh and --zero say otherwise, as do
+    `mesh` and `zero` in the section `train`. With --distributed, the devices are those of several
+    processes; without --coordinator, JAX finds these out of SLURM's, Open MPI's, Kubernetes' or
+    Cloud TPU's environment.
+
     With --tensorboard, RUN/tensorboard gets the metrics, for `tensorboard --logdir RUN`.
     """
-    console = report.plain_console()
+    with told():
+        check_options(distributed, coordinator, process_id, processes)
+    if not distributed:
+        return _train(config, **options)
+    with contextlib.ExitStack() as stack:
+        with told():
+            stack.enter_context(joined(coordinator, process_id, processes, patience))
+        _train(config, **options)
+
+
+def _train(
+    config: Path | None,
+    data: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    resume: Path | None,
+    tensorboard: bool,
+    mesh: str | None,
+    **options: Any,
+) -> None:
+    """The command, in each of its processes."""
+    console = report.plain_console(quiet=not is_first())
     with told():
         if tensorboard:
             import_writer()  # before anything is written
+        options["mesh"] = None if mesh is None else parse_mesh(mesh)
         run, run_folder, checkpoints, start = _begin(config, data, out, overwrite, resume, options)
-        events = Events(run_folder / folder.EVENTS, start) if tensorboard else None
+        writes_events = tensorboard and is_first()
+        events = Events(run_folder / folder.EVENTS, start) if writes_events else None
     if resume is not None:
         console.print(f"resumed after {start} steps")
     result = train(run, run_folder, console, checkpoints, start, events)
@@ -144,21 +195,29 @@ def _begin(
 ) -> tuple[Run, Path, Checkpoints | None, int]:
     """A run, its folder, where it saves if it does, and how many steps it has taken."""
     if resume is None:
-        if out is not None:
-            folder.check_folder(out, overwrite)
+        from_first(lambda: str(out and folder.check_folder(out, overwrite)))
         run, resolved = _load(config, text, options)
-        run_folder = folder.make_folder(out, overwrite, resolved)
+        made = from_first(lambda: _path_for_all(folder.make_folder(out, overwrite, resolved)))
+        run_folder = Path(made)
         return run, run_folder, _checkpoints(run, run_folder), 0
     if out is not None or overwrite:
         raise ValueError("--resume goes on in the run's own folder, without --out and --overwrite")
+    given = resume
+    resume = Path(from_first(lambda: _path_for_all(given)))
     folder.check_run(resume)
     stored = read_config(resume / folder.CONFIG)
     run, resolved = _load(config or resume / folder.CONFIG, text, options)
     _check_same(stored, resolved)
     checkpoints = _checkpoints(run, resume)
     start = _resume(run, resume, checkpoints)
-    folder.rewrite_config(resume, resolved)
+    if is_first():
+        folder.rewrite_config(resume, resolved)
     return run, resume, checkpoints, start
+
+
+def _path_for_all(path: Path) -> str:
+    """A path that is the same in every process, wherever it was started."""
+    return str(path if jax.process_count() == 1 else path.absolute())
 
 
 def _checkpoints(run: Run, run_folder: Path) -> Checkpoints | None:
@@ -197,7 +256,7 @@ def _difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
     return name, ours, theirs
 
 
-@main.command("inspect")
+@main.command("inspect", short_help="Print what is in a checkpoint.")
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--verify", is_flag=True, help="Read everything, and compare the fingerprints.")
 def inspect_command(checkpoint: Path, verify: bool) -> None:
@@ -222,22 +281,16 @@ def _load(
             entry["total_iters"] = max(1, round(share * given["steps"]))
     unused = [k for k in ("runconfig", "train_input", "eval_input", "model") if k in values]
     if unused:
-        click.echo(f"Not used: {', '.join(unused)}; see --steps and --batch-size", err=True)
+        tell(f"Not used: {', '.join(unused)}; see --steps and --batch-size")
     settings = TrainSettings.from_config(values.get("train"), **given)
-    recipe = _quiet_recipe(values)
+    recipe = quiet_recipe(values)
     if "grad_accum_steps" not in {**(values.get("train") or {}), **given}:
         settings = dataclasses.replace(settings, grad_accum_steps=recipe.grad_accum_steps)
-    return Run(recipe, settings, data.load_text(text)), {**values, "train": vars(settings)}
-
-
-def _quiet_recipe(source: Any) -> Recipe:
-    """The recipe, its warnings as lines on standard error."""
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        recipe = load_recipe(source)
-    for message in recipe.warnings:
-        click.echo(f"Warning: {one_line(message)}", err=True)
-    return recipe
+    resolved = {**values, "train": settings.as_config()}
+    loaded = data.load_text(text)
+    digests = [hashlib.sha256(part.tobytes()).hexdigest() for part in loaded[:2]]
+    check_equal(f"{resolved} {digests}", "the configuration or the text")
+    return Run(recipe, settings, loaded), resolved
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-VOCABULARY = 256
+from cerebras_jax.train.settings import VOCABULARY
 
 
 class Attention(nnx.Module):

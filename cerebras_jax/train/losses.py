@@ -27,10 +27,13 @@ class LateLosses:
 
     Args:
       report: called with every `Loss`, in order, by the thread that calls `put` and `flush`.
+      in_step: report each loss four steps later, also if it is there before: in several processes
+        an error of ``report`` then comes before the same step.
     """
 
-    def __init__(self, report: Callable[[Loss], None]):
+    def __init__(self, report: Callable[[Loss], None], in_step: bool = False):
         self._report = report
+        self._in_step = in_step
         self._reader = ThreadPoolExecutor(1, "losses")
         self._pending: collections.deque[tuple[int, float, Future]] = collections.deque()
         self._last = 0.0
@@ -54,7 +57,7 @@ class LateLosses:
         self._drain(0)
 
     def _drain(self, most: int) -> None:
-        while self._pending and (len(self._pending) > most or self._pending[0][2].done()):
+        while self._pending and (len(self._pending) > most or self._is_there()):
             step, started, future = self._pending[0]
             try:
                 value, more, now = future.result()
@@ -64,6 +67,9 @@ class LateLosses:
                 self._pending.clear()  # one error is told, not those that follow from it
                 raise
             self._last = now
+
+    def _is_there(self) -> bool:
+        return self._pending[0][2].done() and not self._in_step
 
 
 def _read(loss: Any, more: Mapping[str, Any]) -> tuple[float, dict[str, float], float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import textwrap
 import time
 import warnings
@@ -31,16 +32,16 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
-def plain_console() -> Console:
+def plain_console(quiet: bool = False) -> Console:
     """A console that shows text as it is: paths and samples are no markup."""
-    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
 
 
 class Reporter:
     """A progress bar in a terminal, plain lines elsewhere, and ``metrics.jsonl`` always.
 
     Args:
-      folder: of the run.
+      folder: of the run; None: another process writes.
       steps: how many there will be.
       console: to show progress on.
       start: the step that a resumed run goes on with; what was written of it before is replaced.
@@ -49,7 +50,7 @@ class Reporter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         steps: int,
         console: Console,
         start: int = 0,
@@ -59,8 +60,9 @@ class Reporter:
         self.events = events
         self.steps = steps
         self.steps_done = start
-        self.records: list[dict[str, Any]] = cut_metrics(folder, start)
-        self.file = (folder / METRICS).open("a", encoding="utf-8")
+        self.records: list[dict[str, Any]] = [] if folder is None else cut_metrics(folder, start)
+        path = Path(os.devnull) if folder is None else folder / METRICS
+        self.file = path.open("a", encoding="utf-8")
         self.progress = None
         if console.is_terminal:
             columns = [
@@ -222,4 +224,7 @@ def draw_schedules(schedules: Mapping[str, Any], steps: int | None, path: Path) 
         ax.set(ylabel=key, xlabel="step" if ax is axes[-1] else "")
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written: {error.strerror or error}") from None

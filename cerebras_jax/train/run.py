@@ -1,14 +1,11 @@
 """The training run itself, as a user would write it: the class form in one compiled program."""
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,90 +16,24 @@ from flax import nnx
 from rich.console import Console
 
 from cerebras_jax.checkpoint import Checkpoints
-from cerebras_jax.messages import shown
 from cerebras_jax.optim import Optimizer
 from cerebras_jax.optim.scheduler import Scheduler
+from cerebras_jax.processes import is_first, meet, on_host
 from cerebras_jax.recipe import Recipe
 from cerebras_jax.trace import trace
-from cerebras_jax.train import data, gpt, report
+from cerebras_jax.train import data, devices, gpt, report
 from cerebras_jax.train import folder as run_folder
+from cerebras_jax.train.interrupts import Interrupts, SharedInterrupts
 from cerebras_jax.train.losses import LateLosses, Loss
+from cerebras_jax.train.settings import TrainSettings, mesh_text
 from cerebras_jax.train.tensorboard import Events
 from cerebras_jax.transforms.accumulate import accumulate
 from cerebras_jax.transforms.loss_scale import GradScaler
 
 _EVAL_BATCHES = 8
 
-# What a number of the section ``train`` may be: whole, from here to there.
-RANGES = {
-    "steps": (1, 2**31 - 1),
-    "batch_size": (1, 2**16),
-    "context": (1, 2**16),
-    "layers": (1, 2**10),
-    "width": (1, 2**14),
-    "heads": (1, 2**14),
-    "eval_every": (1, 2**31 - 1),
-    "seed": (0, 2**32 - 1),
-    "save_every": (0, 2**31 - 1),
-    "keep": (1, 2**31 - 1),
-    "grad_accum_steps": (1, 2**16),
-}
 MOST_SKIPS = 10
 """So many steps in a row that are not taken end a run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """Everything about a run that is not the optimizer: the section ``train`` of a config.
-
-    A checkpoint is written every ``save_every`` steps and at the end; with 0, never. Batches are
-    computed in ``grad_accum_steps`` parts.
-    """
-
-    steps: int = 500
-    batch_size: int = 16
-    context: int = 128
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
-    eval_every: int = 100
-    seed: int = 0
-    save_every: int = 500
-    keep: int = 2
-    grad_accum_steps: int = 1
-
-    def __post_init__(self) -> None:
-        for name, (least, most) in RANGES.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(
-                    f"train.{name} must be a whole number from {least} to {most}, got "
-                    f"{shown(value)}"
-                )
-        if self.batch_size % self.grad_accum_steps:
-            raise ValueError(
-                "train.batch_size must be a multiple of train.grad_accum_steps, got "
-                f"{self.batch_size}, {self.grad_accum_steps}"
-            )
-        if self.width % self.heads:
-            raise ValueError(
-                f"train.width must be a multiple of train.heads, got {self.width}, {self.heads}"
-            )
-
-    @classmethod
-    def from_config(cls, section: Any, **given: int) -> "TrainSettings":
-        """Reads the section ``train``; an unknown key is an error that names those there are.
-
-        Args:
-          section: a mapping, or None for the defaults.
-          **given: what takes the place of the section's values.
-        """
-        if not isinstance(section, Mapping | None):
-            raise ValueError(f"train must be a mapping, got {shown(section)}")
-        unknown = sorted(set(section or {}) - set(RANGES), key=str)
-        if unknown:
-            raise ValueError(f"train has unknown keys {shown(unknown)}, there are {list(RANGES)}")
-        return cls(**{**(section or {}), **given})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +118,12 @@ class Run:
             heads=settings.heads,
             rngs=nnx.Rngs(settings.seed),
         )
-        self.opt, self.schedulers = recipe.optimizer(self.model)
+        self.mesh = devices.mesh_of(settings)
+        if self.mesh is not None:
+            devices.place(self.model, self.mesh)
+        self.zero = self.mesh is not None and settings.zero is not False
+        zero_axis = "data" if self.zero else None
+        self.opt, self.schedulers = recipe.optimizer(self.model, zero_axis=zero_axis)
         if "measure_gradients" in self.opt.settings:
             self.opt.measure_gradients = True  # pyright: ignore
         self.scaler = recipe.scaler()
@@ -197,9 +133,19 @@ class Run:
         }
         rng = np.random.default_rng(0)
         self.evaluation = [
-            jnp.asarray(self._batch(text.held_out, rng)) for _ in range(_EVAL_BATCHES)
+            self._placed(self._batch(text.held_out, rng)) for _ in range(_EVAL_BATCHES)
         ]
         self.title = f"{type(self.opt).__name__}, {self.size:,} parameters, {text.source}"
+
+    @property
+    def place(self) -> str:
+        """Where the run lies, for its first line; nothing, if that is one device."""
+        if self.mesh is None:
+            return ""
+        zero = "states split over data" if self.zero else "states whole"
+        sizes = mesh_text(self.mesh.shape)
+        of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        return f"; {self.mesh.size} devices{of}, {sizes}, {zero}"
 
     @property
     def size(self) -> int:
@@ -209,13 +155,19 @@ class Run:
     def _batch(self, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return data.sample_batch(text, self.settings.batch_size, self.settings.context + 1, rng)
 
+    def _placed(self, tokens: np.ndarray) -> jax.Array:
+        if self.mesh is None:
+            return jnp.asarray(tokens)
+        return devices.split_batch(tokens, self.mesh)
+
     def batch(self, step: int) -> np.ndarray:
         """The windows of text of step number ``step``."""
         return self._batch(self.text.train, np.random.default_rng((self.settings.seed, step)))
 
     def step(self, tokens: np.ndarray) -> tuple[jax.Array, dict[str, Any]]:
         """One training step; its loss and what else was seen, still on their way."""
-        return train_step(self.opt, self.schedulers, self.scaler, self.parts, tokens)
+        batch = tokens if self.mesh is None else self._placed(tokens)
+        return train_step(self.opt, self.schedulers, self.scaler, self.parts, batch)
 
     def held_out(self) -> dict[str, float]:
         """The mean loss over the same few batches every time; of sparse weights, the density."""
@@ -226,9 +178,9 @@ class Run:
         """The scheduled numbers that ``step`` is taken with."""
         return {key: float(schedule(step)) for key, schedule in self.scheduled.items()}
 
-    def weights(self) -> dict[str, Any]:
-        """The parameters by their dotted names."""
-        return dict(self.opt.named_parameters())
+    def weights(self) -> dict[str, np.ndarray]:
+        """The parameters by their dotted names, whole; all processes must call this."""
+        return {name: on_host(value) for name, value in self.opt.named_parameters()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -250,42 +202,14 @@ class Run:
             raise ValueError("the run was trained on another text; give the same --data")
         return found.step or 0
 
-    def sample(self) -> str:
+    def writer(self) -> gpt.GPT:
+        """The model on one device, for `sample`; all processes must call this."""
+        return self.model if self.mesh is None else devices.brought_home(self.model)
+
+    def sample(self, model: gpt.GPT) -> str:
         """Text that the model writes."""
         key = jax.random.key(self.settings.seed)
-        return gpt.generate(self.model, b"def ", 300, key, 0.8).decode("utf-8", "replace")
-
-
-class Interrupts:
-    """Counts Ctrl-C and SIGTERM instead of ending, so that a run stops between two steps.
-
-    The second one does raise, in case the first is not noticed, until `held` is set.
-    """
-
-    count = 0
-    held = False
-
-    def __call__(self, *signal_and_frame: Any) -> None:
-        self.count += 1
-        if self.count > 1 and not self.held:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def handled(self) -> Iterator[None]:
-        """Receives the signals meanwhile, unless they are ignored, as in a background job."""
-        is_main = threading.current_thread() is threading.main_thread()
-        previous = {
-            number: handler
-            for number in (signal.SIGINT, signal.SIGTERM)
-            if (handler := signal.getsignal(number)) not in (None, signal.SIG_IGN) and is_main
-        }
-        for number in previous:
-            signal.signal(number, self)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        return gpt.generate(model, b"def ", 300, key, 0.8).decode("utf-8", "replace")
 
 
 def train(
@@ -312,15 +236,20 @@ def train(
         f"{type(run.opt).__name__}; {settings.steps} steps of {settings.batch_size} x "
         f"{settings.context} bytes"
         + (f" in {run.parts.number} parts" if run.parts.number > 1 else "")
+        + run.place
     )
-    interrupts = Interrupts()
+    together = jax.process_count() > 1
+    interrupts = SharedInterrupts() if together else Interrupts()
     stopped: BaseException | None = None
     failures: dict[str, Exception] = {}
-    reports = report.Reporter(folder, settings.steps, console, start, events)
+    mine = folder if is_first() else None
+    reports = report.Reporter(mine, settings.steps, console, start, events)
     with interrupts.handled(), reports as reporter:
         try:
             _loop(run, reporter, interrupts, checkpoints, start)
         except BaseException as error:
+            if together and not isinstance(error, FloatingPointError):
+                raise  # the others are elsewhere; what they all see in a loss stops them all
             stopped = error
         interrupts.held = True  # what was reached is kept, even if Ctrl-C comes again
         if reporter.steps_done or stopped is None:
@@ -328,7 +257,9 @@ def train(
     if stopped is not None and not reporter.steps_done:
         if checkpoints is not None:
             checkpoints.close()
-        run_folder.discard(folder)
+        if is_first():
+            run_folder.discard(folder)
+    meet("the end of the run")
     return _result(reporter.records, interrupts.count > 0, stopped, failures)
 
 
@@ -371,10 +302,10 @@ def _loop(
         if loss.step == start:  # it was compiled
             recent.clear()
 
-    with LateLosses(report_loss) as losses:
+    with LateLosses(report_loss, in_step=jax.process_count() > 1) as losses:
         try:
             for step in range(start, settings.steps):
-                if interrupts.count:
+                if interrupts.end_before(step):
                     break
                 if step % settings.eval_every == 0:
                     losses.flush()
@@ -386,7 +317,7 @@ def _loop(
                     losses.flush()  # what is saved is finite, and its metrics are written
                     checkpoints.save(step + 1, **run.state())
         except KeyboardInterrupt:
-            interrupts.count += 1
+            interrupts.in_a_step()
 
 
 def _write_results(
@@ -397,13 +328,18 @@ def _write_results(
     stopped: BaseException | None,
     checkpoints: Checkpoints | None,
 ) -> dict[str, Exception]:
-    """Writes what a run leaves behind; what could not be written, by name."""
+    """Writes what a run leaves behind; what could not be written, by name.
+
+    Of several processes, all do what all must do, and where one fails it raises.
+    """
     console, step = reporter.console, reporter.steps_done
+    together = jax.process_count() > 1
+    weights, writer = None, None
     if interrupts.count:
         console.print(f"interrupted after {step} steps")
 
     def write_sample() -> None:
-        sample = run.sample()
+        sample = run.sample(writer or run.writer())
         with (folder / run_folder.SAMPLE).open("w", encoding="utf-8", newline="") as file:
             file.write(sample)
         console.rule("a sample of what the model writes")
@@ -412,7 +348,7 @@ def _write_results(
 
     writers = {
         run_folder.WEIGHTS: lambda: run_folder.save_weights(
-            run.weights(), folder / run_folder.WEIGHTS
+            weights or run.weights(), folder / run_folder.WEIGHTS
         ),
         run_folder.METRICS: lambda: reporter.record(True, step=step, **run.held_out()),
         run_folder.PICTURE: lambda: report.draw(
@@ -432,7 +368,11 @@ def _write_results(
         writers[run_folder.CHECKPOINTS] = save
     if isinstance(stopped, FloatingPointError):  # the weights are NaN by now
         del writers[run_folder.METRICS], writers[run_folder.SAMPLE]
-    return run_folder.attempt(writers)
+    if together:
+        for name in (run_folder.METRICS, run_folder.CHECKPOINTS):
+            writers.pop(name, lambda: None)()
+        weights, writer = run.weights(), run.writer()
+    return run_folder.attempt(writers) if is_first() else {}
 
 
 def _result(
