@@ -269,7 +269,7 @@ def test_arrays_that_join_the_others_stay_their_owners(how, form):
 def test_what_is_moved_beside_the_others_shares_no_buffer():
     free = jnp.ones((16, 8))
     for other in (jax.device_put(free + 1, jax.devices()[0]), placed("zero")[0]["out"]):
-        (moved, _), home, _ = Placements().settle([free, other])
+        ((moved, _),), home, _ = Placements().settle([free, other])
         assert moved.sharding == home
         mine = moved.addressable_data(0).unsafe_buffer_pointer()
         assert mine != free.unsafe_buffer_pointer()
