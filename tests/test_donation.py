@@ -183,10 +183,11 @@ def test_reading_what_is_replicated_holds_nothing():
 @pytest.mark.parametrize("form", ["grads", "trace of grads"])
 def test_optimizers_with_split_states_of_the_same_shapes_copy_nothing(form):
     values = {"a": jnp.ones((16, 8)), "b": jnp.ones(8)}
-    opts = [
-        optim.AdamW(jax.tree.map(lambda x: _replicated(x + i), values), lr=0.5, zero_axis="data")
-        for i in range(2)
-    ]
+    opts = []
+    for i in range(2):
+        params = {k: _replicated(x + i) for k, x in values.items()}
+        opts.append(optim.AdamW(params, lr=0.5, zero_axis="data"))
+        del params
     given = jax.tree.map(np.asarray, values)
     step = {"grads": lambda opt: opt.step(given)}.get(form, cjax.trace(lambda opt: opt.step(given)))
     for _ in range(3):

@@ -261,6 +261,13 @@ def test_the_plan_tells_the_memory_of_the_host_apart():
     assert both.temporaries is not None
 
 
+def test_all_states_may_be_none():
+    opt = make("zero", HOST, optim.SGD)
+    assert memories(opt) == []
+    with pytest.raises(ValueError, match="'momentum_buffer' names no state"):
+        make("zero", {"momentum_buffer": HOST}, optim.SGD)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 

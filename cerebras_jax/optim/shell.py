@@ -14,7 +14,7 @@ from cerebras_jax.donation import Donate
 from cerebras_jax.engine.hyper import bind, needs_other_buffers, normalize
 from cerebras_jax.engine.leaf import Rounding, StateDtype
 from cerebras_jax.engine.lift import check_buffers
-from cerebras_jax.engine.placement import Placement
+from cerebras_jax.engine.placement import Placement, beside, check_parameters
 from cerebras_jax.engine.state_memory import StateMemory
 from cerebras_jax.engine.trees import check_grads
 from cerebras_jax.formats import pytorch as torch_format
@@ -122,11 +122,13 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self._groups = tuple(tuple(group["params"]) for group in self.param_groups)
         self._checked = [self._hyper(group) for group in self.param_groups]
         self._same = tuple((0,) * len(group) for group in self._groups)
-        values, statics = self._arguments(self._home())
+        check_parameters(lambda: self._names, self._values())
+        home = self._home()
+        values, statics = self._arguments(home)
         self._fitted = self._guard()
         plan = self._plan(statics, (), self._fitted, None)
         bounds = [getattr(self, name) for name in self._fitted.clips]
-        params = plan.params.unflatten(self._values())
+        params = plan.params.unflatten(beside(self._values(), home))
         if self.zero_axis is None and self.state_memory is None:
             state = transformation(plan, values, bounds).init(params)
         else:  # numbers of the host: the shardings are found out on another mesh
