@@ -468,6 +468,12 @@ def test_arrays_on_different_devices_are_named():
     for step in (opt.step, lambda grads: cjax.trace(lambda o: o.step(grads))(opt)):
         with pytest.raises(ValueError, match=r"out.* lies on the devices \[0, 1\], and "):
             step(grads_like(params))
+    opt = optim.AdamW(params, lr=0.1)
+    with pytest.raises(ValueError, match="the gradient of dense.bias lies on the devices \\[0\\],"):
+        opt.step(jax.device_put(grads_like(VALUES), jax.devices()[0]))
+    opt.param_groups[0]["lr"] = jax.device_put(0.1, jax.devices()[1])
+    with pytest.raises(ValueError, match=r"a value of param_groups\[0\] lies on the devices \[1\]"):
+        opt.step(grads_like(params))
     with pytest.raises(ValueError, match="got a traced array"):
         jax.jit(lambda p: sharding.init(optax.adam(0.1), p, zero_axis="data"))(params)
 
