@@ -127,6 +127,14 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path, text, alone, mon
             {},
             "--process-id must be below --processes, got 2 for 2",
         ),
+        *(
+            (
+                ["--distributed", "--coordinator", at, "--process-id", "0", "--processes", "1"],
+                {},
+                "--coordinator must be HOST:PORT, with a port from 1 to 65535, got",
+            )
+            for at in ("x", ":1", "x:0", "x:65536", "x:\u0663", "http://x:80", "a b:1")
+        ),
     ],
 )
 def test_meshes_that_do_not_suit(tmp_path, text, monkeypatch, arguments, train, message):
