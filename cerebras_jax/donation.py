@@ -114,7 +114,8 @@ class Donor:
         if len(live) <= self._live and not self._has_aliases:
             return set()
         leaves = list(itertools.chain.from_iterable(lists))
-        views = _views(leaves)
+        single = {_kind(x) for x in live if len(x.sharding.device_set) == 1} - {None}
+        views = _views([x for x in leaves if _kind(x) in single])
         live = [x for x in live if id(x) not in views]  # they go with what they are views of
         mine = {id(x) for x in leaves}
         kinds = {_kind(x) for x in leaves} - {None}
@@ -134,15 +135,19 @@ def _kind(x: Any) -> Any:
 
 
 def _views(arrays: Sequence[Any]) -> set[int]:
-    """Ids of the replicas that arrays keep since they were read, and that nobody else holds."""
-    replicas = [x.addressable_data(0) for x in arrays if _kind(x) and _is_replicated(x)]
-    counts = zip(replicas, _counts(replicas), strict=True)
+    """Ids of the parts that arrays keep since they were read, and that nobody else holds."""
+    parts = [part for x in arrays for part in _parts(x)]
+    counts = zip(parts, _counts(parts), strict=True)
     # Its array holds it, and the list of all live arrays, unless it is made just now.
     return {id(x) for x, count in counts if count <= _IN_A_LIST + 2}
 
 
-def _is_replicated(x: Any) -> bool:
-    return len(x.sharding.device_set) > 1 and x.is_fully_replicated
+def _parts(x: Any) -> list[Any]:
+    """What reading an array of several devices makes: its part on each, or one for all."""
+    if len(x.sharding.device_set) == 1:
+        return []
+    count = 1 if x.is_fully_replicated else len(x.sharding.addressable_devices)
+    return [x.addressable_data(i) for i in range(count)]
 
 
 def _buffers(x: Any, devices: set[Any]) -> list[tuple[Any, int]]:

@@ -23,7 +23,9 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
+from cerebras_jax.checks import check_flag, is_traced
 from cerebras_jax.engine.memory import HOST, in_memory_of, mesh_of, on_device
+from cerebras_jax.engine.placement import check_not_on_host
 from cerebras_jax.engine.state_memory import (
     Leaf,
     StateMemory,
@@ -32,6 +34,7 @@ from cerebras_jax.engine.state_memory import (
     named,
 )
 from cerebras_jax.engine.trees import as_array, path_name
+from cerebras_jax.messages import shown
 from cerebras_jax.processes import check_equal_numbers
 from cerebras_jax.stateful import Stateful
 
@@ -56,8 +59,8 @@ def state(
         along this axis already, or that it does not divide, stays as it is, and so do vectors with
         a number for each parameter, such as step counts.
       state_memory: ``"pinned_host"`` keeps every array that belongs to one parameter in the
-        memory of the host; a dict, such as ``{"exp_avg": "pinned_host"}``, those that it names.
-        Scalars and step counts stay on the device. See `streamed`.
+        memory of the host, if there is any; a dict, such as ``{"exp_avg": "pinned_host"}``, those
+        that it names. Scalars and step counts stay on the device. See `streamed`.
 
     Returns:
       Two trees like the state: `jax.ShapeDtypeStruct`, and `jax.sharding.NamedSharding`, which
@@ -65,8 +68,9 @@ def state(
 
     Raises:
       TypeError: if ``state_memory`` is neither a string nor a dict.
-      ValueError: if the parameters are not all on one mesh, or it has no such axis; if there is no
-        such memory, or a name is that of no state, or of scalars only.
+      ValueError: if the parameters are not all on one mesh, or it has no such axis, or an axis of
+        `jax.shard_map`; if a parameter is in the memory of the host; if there is no such memory, or
+        a name is that of no state, or of scalars only.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> like = NamedSharding(mesh, PartitionSpec("data"))
@@ -93,13 +97,9 @@ def state(
 
     def place(x: Any, leaf: Leaf, memory: str | None) -> NamedSharding:
         spec = tuple(x.sharding.spec) if x.sharding is not None else ()
-        full = [*spec, *[None] * (x.ndim - len(spec))]
         is_count = x.ndim == 1 and x.size <= number and not leaf.is_movable
-        if zero_axis is not None and not is_count:
-            full = _with_axis(x.shape, full, zero_axis, mesh)
-        while full and full[-1] is None:  # one way to write it: JAX compares specs as written
-            full.pop()
-        return NamedSharding(mesh, PartitionSpec(*full), memory_kind=memory)
+        spec = _with_axis(x.shape, spec, None if is_count else zero_axis, mesh)
+        return NamedSharding(mesh, spec, memory_kind=memory)
 
     with jax.sharding.use_abstract_mesh(explicit):
         shapes = jax.eval_shape(tx.init, jax.tree.map(typed, params))
@@ -131,6 +131,20 @@ def init(
     """
     _, shardings = state(tx, params, zero_axis=zero_axis, state_memory=state_memory)
     return jax.jit(tx.init, out_shardings=shardings)(params)
+
+
+def split_late(state: Any, params: Any, zero_axis: str) -> Any:
+    """A state of which a part was allocated after the rest, split as `init` would have split it."""
+
+    def split(x: Any, leaf: Leaf) -> Any:
+        where = x.sharding
+        if not leaf.is_movable or not isinstance(where, NamedSharding):
+            return x
+        spec = _with_axis(x.shape, tuple(where.spec), zero_axis, where.mesh)
+        return x if spec == where.spec else jax.device_put(x, where.update(spec=spec))
+
+    leaves, treedef = jax.tree.flatten(state)
+    return treedef.unflatten(map(split, leaves, named(state, params)))
 
 
 def streamed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -177,11 +191,15 @@ def check_processes(*objects: Stateful) -> None:
     it would wait for the slowest process.
 
     Raises:
+      TypeError: if it is given anything else.
       ValueError: on every process, and says which ones differ from the first.
 
     >>> from cerebras_jax import optim
     >>> check_processes(optim.SGD({"w": jax.numpy.ones(2)}, lr=0.1))  # with one process, all agree
     """
+    for obj in objects:
+        if not isinstance(obj, Stateful):
+            raise TypeError(f"check_processes takes optimizers and schedulers, got {shown(obj)}")
     for obj in objects:
         check_equal_numbers(obj.parts().numbers, type(obj).__name__)
 
@@ -248,6 +266,7 @@ def plan(
         have devices.
 
     Raises:
+      TypeError: see `state`; or if ``compile`` is neither True nor False.
       ValueError: see `state`; or if ``compile`` is True and the mesh is abstract.
 
     >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
@@ -262,6 +281,7 @@ def plan(
     nu           256.0 KiB
     in all         4.5 MiB
     """
+    check_flag("compile", compile)
     shapes, shardings = state(tx, params, zero_axis=zero_axis, state_memory=state_memory)
     like = jax.tree.map(lambda x: _abstract(as_array(x)), params)
     leaves = jax.tree.leaves(like)
@@ -307,35 +327,52 @@ def _check_pair(tx: Any) -> None:
 
 
 def _one_mesh(params: Any, takes_device: bool) -> Mesh | AbstractMesh:
+    """The mesh of the parameters.
+
+    Raises:
+      ValueError: names the parameter that lies on none or on a wrong one.
+    """
     meshes: list[Mesh | AbstractMesh] = []
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         sharding = getattr(x, "sharding", None)
+        check_not_on_host(lambda path=path: path_name(path), x)
         if isinstance(sharding, SingleDeviceSharding) and takes_device:
             mesh = mesh_of(*sharding.device_set)
         elif isinstance(sharding, NamedSharding):
             mesh = sharding.mesh
         else:
+            got = "a traced array, which lies nowhere yet" if is_traced(x) else sharding
             raise ValueError(
-                f"parameter {path_name(path)!r} must lie on a mesh (NamedSharding), got {sharding}"
+                f"parameter {path_name(path)!r} must lie on a mesh (NamedSharding), got {got}"
             )
         if mesh not in meshes:
             meshes.append(mesh)
+        if AxisType.Manual in mesh.axis_types:
+            raise ValueError(
+                f"parameter {path_name(path)!r} must lie on a mesh without manual axes, outside of "
+                f"jax.shard_map, got {mesh}"
+            )
+    if not meshes:
+        raise ValueError("params must have an array, got none")
     if len(meshes) != 1:
         raise ValueError(f"the parameters must lie on one mesh, got {len(meshes)}: {meshes}")
     return meshes[0]
 
 
 def _with_axis(
-    shape: Sequence[int], spec: list[Any], axis: str, mesh: Mesh | AbstractMesh
-) -> list[Any]:
+    shape: Sequence[int], spec: Sequence[Any], axis: str | None, mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """The spec with an axis at the first dimension that it divides, if it is not there already."""
-    if any(axis in _axes(entry) for entry in spec):
-        return spec
-    for i, n in enumerate(shape):
-        axes = (*_axes(spec[i]), axis)
-        if n and n % math.prod(mesh.shape[a] for a in axes) == 0:
-            return [*spec[:i], axes if len(axes) > 1 else axis, *spec[i + 1 :]]
-    return spec
+    full = [*spec, *[None] * (len(shape) - len(spec))]
+    if axis is not None and not any(axis in _axes(entry) for entry in full):
+        for i, n in enumerate(shape):
+            axes = (*_axes(full[i]), axis)
+            if n and n % math.prod(mesh.shape[a] for a in axes) == 0:
+                full[i] = axes if len(axes) > 1 else axis
+                break
+    while full and full[-1] is None:  # one way to write it: JAX compares specs as written
+        full.pop()
+    return PartitionSpec(*full)
 
 
 def _axes(entry: Any) -> tuple[str, ...]:

@@ -166,9 +166,20 @@ class _Call:
     def _settle(self, placements: Placements) -> tuple[Sharding | None, Placement]:
         """Where numbers lie, and where the arrays stay; what lay nowhere lies beside the others."""
         state, treedef = jax.tree.flatten(self.module_state)
-        (*self.arrays, state), home, placement = placements.settle(*self.arrays, state)
+        (*self.arrays, state), home, placement = placements.settle(
+            *self.arrays, state, names=lambda: self._names(len(state))
+        )
         self.module_state = treedef.unflatten(state)
         return home, placement
+
+    def _names(self, of_modules: int) -> list[str]:
+        """Of all arrays, for messages."""
+        names = [
+            f"{name} of object {i}, {type(x).__name__}"
+            for i, x in enumerate(self.objects)
+            for name in x.array_names()
+        ]
+        return [*names, *["a state of a module"] * of_modules]
 
     def donated(self, donor: Donor) -> tuple[list[list[Any]], Any]:
         """The arrays, of which nobody else holds one."""

@@ -178,3 +178,31 @@ def test_reading_what_is_replicated_holds_nothing():
     del replica
     donor.ready(mine, owners=(0,))
     assert donor.copied == 1
+
+
+@pytest.mark.parametrize("form", ["grads", "trace of grads"])
+def test_optimizers_with_split_states_of_the_same_shapes_copy_nothing(form):
+    values = {"a": jnp.ones((16, 8)), "b": jnp.ones(8)}
+    opts = []
+    for i in range(2):
+        params = {k: _replicated(x + i) for k, x in values.items()}
+        opts.append(optim.AdamW(params, lr=0.5, zero_axis="data"))
+        del params
+    given = jax.tree.map(np.asarray, values)
+    step = {"grads": lambda opt: opt.step(given)}.get(form, cjax.trace(lambda opt: opt.step(given)))
+    for _ in range(3):
+        for opt in opts:
+            step(opt)
+    assert [opt.copied for opt in opts] == [0, 0]
+
+
+def test_a_part_of_a_split_array_that_somebody_holds():
+    on = jax.sharding.Mesh(jax.devices(), ("data",))
+    split = jax.sharding.NamedSharding(on, jax.sharding.PartitionSpec("data"))
+    mine, donor = [jax.device_put(np.arange(16.0), split)], Donor()
+    part = mine[0].addressable_data(3)
+    donor.ready(mine, owners=(0,))
+    assert donor.copied == 1
+    del part
+    donor.ready(mine, owners=(0,))
+    assert donor.copied == 1

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from optimizers import OPTIMIZERS
 
 import cerebras_jax as cjax
-from cerebras_jax import optim, sharding
+from cerebras_jax import optim, sharding, sparse
 from cerebras_jax.engine.placement import Placements
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -269,7 +269,7 @@ def test_arrays_that_join_the_others_stay_their_owners(how, form):
 def test_what_is_moved_beside_the_others_shares_no_buffer():
     free = jnp.ones((16, 8))
     for other in (jax.device_put(free + 1, jax.devices()[0]), placed("zero")[0]["out"]):
-        ((moved, _),), home, _ = Placements().settle([free, other])
+        ((moved, _),), home, _ = Placements().settle([free, other], names=list)
         assert moved.sharding == home
         mine = moved.addressable_data(0).unsafe_buffer_pointer()
         assert mine != free.unsafe_buffer_pointer()
@@ -297,11 +297,11 @@ def test_a_traced_function_serves_several_threads():
 
         @property
         def sharding(self):
-            placements.settle(theirs[:1])
-            placements.settle(theirs)
+            placements.settle(theirs[:1], names=list)
+            placements.settle(theirs, names=list)
             return ours[0].sharding
 
-    _, home, placement = placements.settle([*ours, Interrupting()])
+    _, home, placement = placements.settle([*ours, Interrupting()], names=list)
     assert home == ours[0].sharding
     assert placement == tuple(x.sharding for x in [*ours, ours[0]])
 
@@ -425,6 +425,12 @@ def test_axes_and_places_that_there_are_not():
         optim.AdamW(VALUES, lr=0.1, zero_axis="data")
     with pytest.raises(TypeError, match=r"tx must be an optax pair, .*got AdamW"):
         sharding.plan(optim.AdamW(params, lr=0.1), params)
+    with pytest.raises(ValueError, match="params must have an array, got none"):
+        sharding.state(optax.adam(0.1), {})
+    with pytest.raises(TypeError, match="compile must be True or False, got 'no'"):
+        sharding.plan(optax.adam(0.1), params, compile="no")  # pyright: ignore
+    with pytest.raises(TypeError, match="takes optimizers and schedulers, got 3"):
+        sharding.check_processes(3)  # pyright: ignore
     other = jax.device_put(VALUES["out"], NamedSharding(mesh((8,), ("x",)), WHOLE))
     with pytest.raises(ValueError, match="must lie on one mesh, got 2"):
         sharding.state(optax.adam(0.1), {"a": params["out"], "b": other})
@@ -447,3 +453,71 @@ def test_numbers_are_made_for_the_mesh_in_force():
             with jax.set_mesh(on):
                 np.testing.assert_array_equal(one(on), first)
             np.testing.assert_array_equal(one(after), first)
+
+
+def test_arrays_on_different_devices_are_named():
+    params, _ = placed("zero")
+    few = NamedSharding(mesh((2,), devices=jax.devices()[:2]), WHOLE)
+    turned = NamedSharding(Mesh(jax.devices()[::-1], ("data",)), WHOLE)
+    for other, ids in ((few, r"\[0, 1\]"), (turned, r"\[7, 6, .*\]")):
+        mixed = {**params, "out": jax.device_put(VALUES["out"], other)}
+        with pytest.raises(ValueError, match=rf"out lies on the devices {ids}, and dense.bias on"):
+            optim.AdamW(mixed, lr=0.1)
+    opt = optim.AdamW(params, lr=0.1, zero_axis="data")
+    opt.set_parameter("out", jax.device_put(VALUES["out"], few))
+    for step in (opt.step, lambda grads: cjax.trace(lambda o: o.step(grads))(opt)):
+        with pytest.raises(ValueError, match=r"out.* lies on the devices \[0, 1\], and "):
+            step(grads_like(params))
+    opt = optim.AdamW(params, lr=0.1)
+    with pytest.raises(ValueError, match="the gradient of dense.bias lies on the devices \\[0\\],"):
+        opt.step(jax.device_put(grads_like(VALUES), jax.devices()[0]))
+    opt.param_groups[0]["lr"] = jax.device_put(0.1, jax.devices()[1])
+    with pytest.raises(ValueError, match=r"a value of param_groups\[0\] lies on the devices \[1\]"):
+        opt.step(grads_like(params))
+    with pytest.raises(ValueError, match="got a traced array"):
+        jax.jit(lambda p: sharding.init(optax.adam(0.1), p, zero_axis="data"))(params)
+
+
+def test_parameters_in_the_memory_of_the_host_and_of_manual_axes():
+    on = NamedSharding(mesh(), WHOLE, memory_kind="pinned_host")
+    params = jax.device_put(VALUES, on)
+    for make in (optim.AdamW, lambda p, lr: sharding.plan(optim.adamw(lr=lr), p)):
+        with pytest.raises(ValueError, match="'dense.bias' must be in the memory of its devices"):
+            make(params, lr=0.1)
+    manual = NamedSharding(AbstractMesh((8,), ("data",), axis_types=(AxisType.Manual,)), WHOLE)
+    like = {"w": jax.ShapeDtypeStruct((8,), "float32", sharding=manual)}
+    with pytest.raises(ValueError, match="'w' must lie on a mesh without manual axes"):
+        sharding.plan(optax.adam(0.1), like)
+
+
+@pytest.mark.parametrize("memory", [None, "pinned_host"])
+def test_what_lies_nowhere_joins_the_others_when_states_are_split(memory):
+    params, axis = placed("zero")
+    free = {**params, "out": VALUES["out"]}
+    opt = optim.AdamW(free, lr=0.1, zero_axis=axis, state_memory=memory)
+    opt.add_param_group({"params": {"new": jnp.ones(8)}})
+    expected = optim.AdamW(VALUES, lr=0.1)
+    expected.add_param_group({"params": {"new": jnp.ones(8)}})
+    for each in (opt, expected):
+        each.step(jax.tree.map(lambda x: 0.3 * np.asarray(x), each.params))
+    for name, p in expected.named_parameters():
+        assert opt.state[name]["exp_avg"].sharding.spec == PartitionSpec("data")
+        np.testing.assert_allclose(dict(opt.named_parameters())[name], p, rtol=2e-6)
+
+
+def test_masks_are_split_like_other_states():
+    params, axis = placed("zero")
+    opt, one = (
+        optim.SGD(p, lr=0.1, momentum=0.9, zero_axis=a) for p, a in ((params, axis), (VALUES, None))
+    )
+    for each in (opt, one):
+        each.apply(sparse.SET(0.5, drop_fraction=0.3, init_method="topk", update=sparse.Every(2)))
+    before = where(opt)
+    mask = opt.array_names().index("out.mask")
+    assert before[len(jax.tree.leaves(params)) + mask].spec == PartitionSpec("data")
+    for _ in range(3):
+        for each in (opt, one):
+            each.step(grads_like(each.params))
+    assert where(opt) == before
+    for a, b in zip(jax.tree.leaves(opt.params), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)

@@ -181,6 +181,26 @@ def test_copies_loads_and_checkpoints_lie_where_they_lay(how, tmp_path):
         assert memories(opt) == lie
 
 
+def test_states_on_the_host_go_to_other_devices():
+    """Also those that are whole on every device."""
+    params = {"odd": jnp.ones((3, 5)), "even": jnp.ones((8, 5))}
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    whole = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    on_one = jax.device_put(params, jax.devices()[5])
+    opts = [
+        optim.AdamW(values, lr=0.1, state_memory=memory, enable_global_step=True)
+        for values in (whole, on_one)
+        for memory in (HOST, None)
+    ]
+    for opt in opts:
+        opt.step(grads_like(opt))
+        for other in opts:
+            before = [x.sharding for x in other.parts().arrays]
+            other.load_state_dict(opt.state_dict())
+            assert [x.sharding for x in other.parts().arrays] == before
+            assert_same(other.parts().arrays[2:], opt.parts().arrays[2:])
+
+
 def test_a_recipe_keeps_states_in_the_memory_of_the_host():
     recipe = cjax.load_recipe({"optimizer": {"optimizer_type": "AdamW", "learning_rate": 0.1}})
     params, more, _ = placed("zero")
@@ -259,6 +279,13 @@ def test_the_plan_tells_the_memory_of_the_host_apart():
     params, *_ = placed("zero")
     both = sharding.plan(optim.adamw(lr=0.1), params, state_memory=HOST, compile=True)
     assert both.temporaries is not None
+
+
+def test_all_states_may_be_none():
+    opt = make("zero", HOST, optim.SGD)
+    assert memories(opt) == []
+    with pytest.raises(ValueError, match="'momentum_buffer' names no state"):
+        make("zero", {"momentum_buffer": HOST}, optim.SGD)
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -127,6 +127,14 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path, text, alone, mon
             {},
             "--process-id must be below --processes, got 2 for 2",
         ),
+        *(
+            (
+                ["--distributed", "--coordinator", at, "--process-id", "0", "--processes", "1"],
+                {},
+                "--coordinator must be HOST:PORT, with a port from 1 to 65535, got",
+            )
+            for at in ("x", ":1", "x:0", "x:65536", "x:\u0663", "http://x:80", "a b:1")
+        ),
     ],
 )
 def test_meshes_that_do_not_suit(tmp_path, text, monkeypatch, arguments, train, message):
@@ -207,6 +215,9 @@ def test_the_plan_reads_the_header_of_a_safetensors_file(tmp_path):
     for path in (tmp_path / "x.safetensors", tmp_path):
         result = invoke(tmp_path, "plan", "--devices", 4, "--parameters", path)
         assert units(rows(result))["parameters"] == 12 * 1024
+    (tmp_path / "y.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes())
+    result = invoke(tmp_path, "plan", "--devices", 4, "--parameters", tmp_path)
+    assert "y.safetensors: 'a' is in another file of" in result.stderr
 
 
 def test_the_plan_with_temporaries(tmp_path):
@@ -229,7 +240,13 @@ def test_the_plan_with_temporaries(tmp_path):
             '{"w": {"shape": [2], "dtype": "int8"}}',
             "a dtype such as bfloat16, got 'int8'",
         ),
+        ("x.json", '{"w": {"shape": [2], "dtype": null}}', "dtype such as bfloat16, got None"),
+        ("x.json", '{"w": {"shape": [2], "dtype": "float8_e4m3fn"}}', "dtype such as bfloat16"),
+        ("x.json", '{"w": {"shape": [2], "dtype": "float64"}}', "dtype that JAX has here"),
+        ("x.json", '{"w": {"shape": [2], "dtyp": "bfloat16"}}', "'w' has the unknown key 'dtyp'"),
+        ("x.json", '{"w": [2], "w": [3]}', "'w' is there twice"),
         ("x.safetensors", "no", "has no header of a .safetensors file"),
+        ("x.safetensors", "\3\0\0\0\0\0\0\0{}", "has no header of a .safetensors file"),
     ],
 )
 def test_parameters_that_are_none(tmp_path, name, content, message):

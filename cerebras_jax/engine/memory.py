@@ -9,7 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from cerebras_jax.checks import is_traced
 
@@ -29,6 +36,14 @@ def on_host(x: Any) -> Any:
         where = NamedSharding(mesh_of(*where.device_set), PartitionSpec(), memory_kind=HOST)
         return jax.device_put(x, where)
     return _moved(x, jax.memory.Space.Host)
+
+
+def put(x: jax.Array, where: Sharding) -> jax.Array:
+    """`jax.device_put`, which moves an array to other devices or to another memory, not to both."""
+    kind = where.memory_kind
+    if x.sharding.memory_kind != kind and kind is not None:
+        x = jax.device_put(x, x.sharding.with_memory_kind(kind))
+    return jax.device_put(x, where)
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import (
     AxisType,
+    Mesh,
     NamedSharding,
     PartitionSpec,
     Sharding,
@@ -18,7 +19,7 @@ from jax.sharding import (
 )
 
 from cerebras_jax.checks import is_traced
-from cerebras_jax.engine.memory import in_memory_of
+from cerebras_jax.engine.memory import HOST, in_memory_of
 
 Placement = tuple[NamedSharding | None, ...] | None
 """For each array where it lies, if that is a mesh of several devices; None: none does."""
@@ -82,6 +83,65 @@ def copy_to(x: Any, where: Sharding) -> Any:
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
+def check_together(names: Callable[[], Sequence[str]], *lists: Sequence[Any]) -> None:
+    """Refuses arrays on different devices, or in another order; no program could take them.
+
+    Args:
+      names: called for an error only; of the arrays of all lists, one after the other.
+      *lists: arrays; tracers, what is no array and what is free to move pass.
+
+    Raises:
+      ValueError: names two of them, and their devices.
+    """
+    first: tuple[int, Any] | None = None
+    for i, x in enumerate(itertools.chain.from_iterable(lists)):
+        if not isinstance(x, jax.Array) or is_traced(x) or not x.committed:
+            continue
+        if first is None:
+            first = i, x.sharding
+        elif _devices(x.sharding) != _devices(first[1]):
+            j, other = first
+            raise ValueError(
+                f"{names()[i]} lies on the devices {_ids(x.sharding)}, and {names()[j]} on "
+                f"{_ids(other)}: what is stepped together must lie on the same, in one order. "
+                "To move a run, make its optimizer there, and load the state dict"
+            )
+
+
+@functools.lru_cache(maxsize=1024)
+def _devices(sharding: Sharding) -> Sequence[Any]:
+    """The devices in their order, which has to be one in a program."""
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return tuple(sharding.mesh.devices.flat)
+    return tuple(sorted(sharding.device_set, key=lambda device: device.id))
+
+
+def _ids(sharding: Sharding) -> str:
+    ids = [device.id for device in _devices(sharding)]
+    return f"{ids}" if len(ids) <= 8 else f"[{ids[0]}, {ids[1]}, ..., {ids[-1]}]"
+
+
+def check_parameters(names: Callable[[], Sequence[str]], values: Sequence[Any]) -> None:
+    """Refuses parameters on different devices, and those in the memory of the host.
+
+    Raises:
+      ValueError: names the parameter.
+    """
+    check_together(names, values)
+    for i, x in enumerate(values):
+        if not is_traced(x):
+            check_not_on_host(lambda i=i: names()[i], x)
+
+
+def check_not_on_host(name: Callable[[], str], x: Any) -> None:
+    """Refuses a parameter, or the shape of one, in the memory of the host."""
+    if getattr(getattr(x, "sharding", None), "memory_kind", None) == HOST:
+        raise ValueError(
+            f"parameter {name()!r} must be in the memory of its devices, got {HOST!r}; states may "
+            "be there, with state_memory="
+        )
+
+
 def _is_adrift(x: Any) -> bool:
     return isinstance(x, jax.Array) and not is_traced(x) and not x.committed
 
@@ -104,14 +164,21 @@ class Placements:
     def __init__(self) -> None:
         self._last: tuple[list[Any], Sharding | None, Placement] = [], None, None
 
-    def settle(self, *lists: list[Any]) -> tuple[Sequence[list[Any]], Sharding | None, Placement]:
-        """The arrays, what lay nowhere beside the others; their home; and where they stay."""
+    def settle(
+        self, *lists: list[Any], names: Callable[[], Sequence[str]]
+    ) -> tuple[Sequence[list[Any]], Sharding | None, Placement]:
+        """The arrays, what lay nowhere beside the others; their home; and where they stay.
+
+        Raises:
+          ValueError: if they lie on different devices; ``names`` are those of all arrays.
+        """
         first = next(itertools.chain.from_iterable(lists), None)
         if first is None or is_traced(first):
             return lists, None, None
         seen, home, placement = self._last
         now = _shardings(lists, first)
         if len(now) != len(seen) or not all(map(operator.is_, now, seen)):
+            check_together(names, *lists)
             home = home_of(lists)
             settled = beside(lists, home)
             seen = _shardings(settled, next(itertools.chain.from_iterable(settled)))

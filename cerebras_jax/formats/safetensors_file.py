@@ -65,6 +65,8 @@ def read_shapes(path: str | Path) -> dict[str, dict[str, Any]]:
         size = int.from_bytes(file.read(8), "little")
         text = file.read(size) if size <= _MOST_HEADER else b""
     try:
+        if len(text) < size:
+            raise ValueError("it ends within the header, or this is none")
         header = json.loads(text)
         header.pop("__metadata__", None)
         return {

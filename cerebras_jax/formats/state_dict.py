@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cerebras_jax.checks import is_number, is_traced
+from cerebras_jax.engine.memory import put
 from cerebras_jax.engine.placement import copy_to
 from cerebras_jax.messages import shown, warn_caller
 from cerebras_jax.schedules import Schedule
@@ -319,7 +320,7 @@ def _placed(array: Any, like: jax.Array) -> jax.Array:
     if isinstance(array, jax.Array) or len(like.sharding.device_set) == 1:
         new = jnp.array(array, like.dtype, copy=True)
         # One that was free to move stays so, or a step would be compiled once more.
-        return jax.device_put(new, like.sharding) if like.committed or new.committed else new
+        return put(new, like.sharding) if like.committed or new.committed else new
     return copy_to(array.astype(like.dtype), like.sharding)
 
 

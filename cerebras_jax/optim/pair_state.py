@@ -50,6 +50,7 @@ class PairOptimizer(Optimizer):
     measure_gradients: bool
     measure_norms: bool | Sequence[str]
     state_memory: StateMemory = None
+    zero_axis: str | None = None
 
     def _hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return normalize({name: group[name] for name in self.defaults})
@@ -124,7 +125,9 @@ class PairOptimizer(Optimizer):
     def _settle(self) -> tuple[Sharding | None, Placement]:
         """Where numbers lie, and where the arrays stay; what lay nowhere lies beside the others."""
         placements: Placements = vars(self).setdefault("_where", Placements())
-        (state, params), home, placement = placements.settle(self._state, self._values())
+        (state, params), home, placement = placements.settle(
+            self._state, self._values(), names=lambda: [*self._state_names(), *self._names]
+        )
         if state is not self._state:
             self._state = state
             self._set_values(params)

@@ -14,7 +14,7 @@ from cerebras_jax.donation import Donate
 from cerebras_jax.engine.hyper import bind, needs_other_buffers, normalize
 from cerebras_jax.engine.leaf import Rounding, StateDtype
 from cerebras_jax.engine.lift import check_buffers
-from cerebras_jax.engine.placement import Placement
+from cerebras_jax.engine.placement import Placement, beside, check_parameters, check_together
 from cerebras_jax.engine.state_memory import StateMemory
 from cerebras_jax.engine.trees import check_grads
 from cerebras_jax.formats import pytorch as torch_format
@@ -122,11 +122,13 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self._groups = tuple(tuple(group["params"]) for group in self.param_groups)
         self._checked = [self._hyper(group) for group in self.param_groups]
         self._same = tuple((0,) * len(group) for group in self._groups)
-        values, statics = self._arguments(self._home())
+        check_parameters(lambda: self._names, self._values())
+        home = self._home()
+        values, statics = self._arguments(home)
         self._fitted = self._guard()
         plan = self._plan(statics, (), self._fitted, None)
         bounds = [getattr(self, name) for name in self._fitted.clips]
-        params = plan.params.unflatten(self._values())
+        params = plan.params.unflatten(beside(self._values(), home))
         if self.zero_axis is None and self.state_memory is None:
             state = transformation(plan, values, bounds).init(params)
         else:  # numbers of the host: the shardings are found out on another mesh
@@ -239,8 +241,9 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         with deferred_signals():
             try:
                 state, params = program.run(state, params, inputs)
-            except TypeError:  # what JAX says of a gradient that is no array
+            except (TypeError, ValueError):  # what JAX says of a gradient that does not fit
                 check_grads(grads, params, lambda: self._names)
+                check_together(lambda: self._input_names(values), state, params, grads, *values)
                 raise
             if not was_traced and is_traced(next(iter(params), None)):
                 raise RuntimeError(OUTSIDE.format(name="the optimizer"))
@@ -254,6 +257,12 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             self._same = clocks.parted(self._same or (), self._members(), missed)
         if was_traced:
             self.note_change(DROPPED.format(name=type(self).__name__))
+
+    def _input_names(self, numbers: list[list[Any]]) -> list[str]:
+        """Names of states, parameters, gradients and numbers, for messages."""
+        grads = [f"the gradient of {name}" for name in self._names]
+        values = [f"a value of param_groups[{i}]" for i, mine in enumerate(numbers) for _ in mine]
+        return [*self._state_names(), *self._names, *grads, *values]
 
     def _take_scaler(self, scaler: GradScaler) -> None:
         """Allocates what the first step with a scaler needs."""

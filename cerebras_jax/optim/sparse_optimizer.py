@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cerebras_jax import sharding
 from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.memory import on_device
 from cerebras_jax.formats.state_dict import checked_layout, with_names
@@ -69,6 +70,8 @@ class SparseOptimizer(WatchedOptimizer):
             fitted = self._masking(chosen).fitted(state, params)
             if any(map(is_traced, jax.tree.leaves(fitted))):  # also a mask made of a seed alone
                 raise RuntimeError("apply allocates masks: call it outside of traced functions")
+            if self.zero_axis is not None:
+                fitted = sharding.split_late(fitted, params, self.zero_axis)
             self._take_state(fitted)
             self._sparsity = chosen
             vars(self).pop("_cache", None)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
@@ -37,12 +38,21 @@ def check_options(
     if there and len(there) < len(given):
         missing = [name for name in given if name not in there]
         raise ValueError(f"{', '.join(there)} must stand with {', '.join(missing)}")
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
-        raise ValueError(f"--coordinator must be HOST:PORT, got {shown(coordinator)}")
+    if coordinator is not None and not _is_address(coordinator):
+        raise ValueError(
+            "--coordinator must be HOST:PORT, with a port from 1 to 65535, got "
+            f"{shown(coordinator)}"
+        )
     if process_id is not None and processes is not None and process_id >= processes:
         raise ValueError(
             f"--process-id must be below --processes, got {process_id} for {processes}"
         )
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16
+    return is_port and re.fullmatch(r"[\w.-]+|\[[\w.:%]+\]", host) is not None
 
 
 @contextlib.contextmanager

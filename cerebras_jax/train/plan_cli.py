@@ -149,7 +149,10 @@ def read_parameters(path: Path) -> Shapes:
     found: dict[str, Any] = {}
     for file in files:
         is_header = file.suffix == ".safetensors"
-        found |= read_shapes(file) if is_header else _read_json(file)
+        more = read_shapes(file) if is_header else _read_json(file)
+        if twice := sorted(found.keys() & more.keys()):
+            raise ValueError(f"{file}: {shown(twice[0])} is in another file of {path} too")
+        found |= more
     if not found:
         raise ValueError(f"there are no parameters in {path}: .json or .safetensors is read")
     return {name: _checked(path, name, entry) for name, entry in found.items()}
@@ -157,11 +160,20 @@ def read_parameters(path: Path) -> Shapes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must map names to shapes, got {shown(found)}")
+    return found
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} is there twice")
     return found
 
 
@@ -176,12 +188,19 @@ def _checked(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], str]:
         raise ValueError(
             f"{path}: {shown(name)} must have a shape such as [2, 3], got {shown(entry)}"
         )
+    if unknown := sorted(given.keys() - {"shape", "dtype"}):
+        raise ValueError(f"{path}: {shown(name)} has the unknown key {shown(unknown[0])}")
     try:
-        known = jnp.dtype(dtype)
+        known = jnp.dtype(dtype) if isinstance(dtype, str) else None
     except TypeError:
         known = None
-    if known is None or not jnp.issubdtype(known, jnp.inexact):
+    if known is None or not jnp.issubdtype(known, jnp.inexact) or known.itemsize < 2:
         raise ValueError(
             f"{path}: {shown(name)} must have a dtype such as bfloat16, got {shown(dtype)}"
+        )
+    if jax.dtypes.canonicalize_dtype(known) != known:
+        raise ValueError(
+            f"{path}: {shown(name)} must have a dtype that JAX has here, got {shown(dtype)}; with "
+            "JAX_ENABLE_X64=1 it has those of 64 bits"
         )
     return tuple(shape), known.name
