@@ -11,6 +11,7 @@ _MOST_BYTES = 2**20
 _MOST_VALUES = 100_000
 _MOST_LEVELS = 40
 _MOST_BITS = 64
+_MERGE = "tag:yaml.org,2002:merge"  # <<, which may stand more than once
 
 
 def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -18,7 +19,8 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[s
 
     Raises:
       TypeError: if ``source`` is neither a path nor a mapping.
-      ValueError: if the file is not a YAML mapping, or `check_config` refuses what it holds.
+      ValueError: if the file is not a YAML mapping, has a key twice in one mapping, or
+        `check_config` refuses what it holds.
       OSError: if the file cannot be read.
 
     >>> read_config({"optimizer": {"optimizer_type": "SGD"}})
@@ -74,7 +76,7 @@ def _parse(text: bytes, source: Any) -> Any:
     except RecursionError:
         raise ValueError(f"{source} is nested too deeply") from None
     # Before anything is built: merge keys write aliases out while it is.
-    _check_size(node, _node_members, str(source))
+    _check_keys(_check_size(node, _node_members, str(source)), source)
     try:
         return loader.construct_document(node) if node is not None else None
     except yaml.YAMLError as error:
@@ -83,6 +85,22 @@ def _parse(text: bytes, source: Any) -> Any:
         raise ValueError(
             f"{source} has a value that is not what it claims: {type(error).__name__}: {error}"
         ) from None
+
+
+def _check_keys(nodes: Iterable[Any], source: Any) -> None:
+    """Refuses a key that stands twice in one mapping, of which the last would win silently."""
+    for node in nodes:
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            known = (key.tag, key.value)
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            if known in seen:
+                line = key.start_mark.line + 1
+                raise ValueError(f"{source} has the key {key.value[:80]!r} again at line {line}")
+            seen.add(known)
 
 
 def _not_yaml(source: Any, error: Exception) -> ValueError:

@@ -101,3 +101,14 @@ def test_what_yaml_writes_is_read_back(tmp_path_factory, config):
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     assert json.dumps(read_config(path)) == json.dumps(config)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("train: {steps: 3}\noptimizer:\n  lr: 0.1\n  lr: 0.2\n")
+    with pytest.raises(ValueError, match="has the key 'lr' again at line 4"):
+        read_config(path)
+    path.write_text(
+        "base: &b {lr: 0.1}\nmore: &m {eps: 1.0}\nall:\n  <<: *b\n  <<: *m\n  lr: 0.2\n"
+    )
+    assert read_config(path)["all"] == {"lr": 0.2, "eps": 1.0}
