@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,8 +40,13 @@ def fingerprint(tree: Any) -> dict[str, str]:
     paths, leaves = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int):
+            hint = (
+                "; of opt.state, give opt.state_dict()['state']"
+                if isinstance(leaf, Mapping)
+                else ""
+            )
             raise TypeError(
-                f"fingerprint takes arrays, {path_name(path)!r} is {type(leaf).__name__}"
+                f"fingerprint takes arrays, {path_name(path)!r} is {type(leaf).__name__}{hint}"
             )
         if is_traced(leaf):
             raise TypeError("fingerprint reads values, which a traced function has not")
