@@ -63,8 +63,9 @@ def state(
         that it names. Scalars and step counts stay on the device. See `streamed`.
 
     Returns:
-      Two trees like the state: `jax.ShapeDtypeStruct`, and `jax.sharding.NamedSharding`, which
-      serve as ``out_shardings`` of a jitted step, and as targets of a restore.
+      Two trees like the state. The first is of `jax.ShapeDtypeStruct` with their shardings, and
+      serves as the target of a restore. The second is of `jax.sharding.NamedSharding` alone, and
+      serves as ``out_shardings`` of a jitted step.
 
     Raises:
       TypeError: if ``state_memory`` is neither a string nor a dict.

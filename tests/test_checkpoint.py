@@ -400,6 +400,9 @@ def test_a_sharded_optimizer_comes_back_to_its_shards(tmp_path):
 def test_what_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(TypeError, match=r"train/fn can not be stored.*got <function"):
         cjax.save(tmp_path / "x", train={"fn": test_what_cannot_be_saved_is_named})
+    where = {"w": jnp.ones(3).sharding}
+    with pytest.raises(TypeError, match=r"x/w can not .* into jax.ShapeDtypeStruct\("):
+        cjax.save(tmp_path / "x", x=where)
     with pytest.raises(TypeError, match="x/w is a shape without values"):
         cjax.save(tmp_path / "x", x={"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
     with pytest.raises(ValueError, match="nothing to save"):

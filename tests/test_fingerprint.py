@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import cerebras_jax as cjax
+from cerebras_jax import optim
 
 P = PartitionSpec
 DTYPES = [
@@ -67,6 +68,10 @@ def test_what_it_takes():
     }
     with pytest.raises(TypeError, match="fingerprint takes arrays, 'a' is str"):
         cjax.fingerprint({"a": "x"})
+    opt = optim.SGD({"w": np.ones((2, 3), np.float32)}, lr=0.1, momentum=0.9)
+    with pytest.raises(TypeError, match=r"give opt\.state_dict\(\)\['state'\]"):
+        cjax.fingerprint(opt.state)
+    assert cjax.fingerprint(opt.state_dict()["state"])
     with pytest.raises(TypeError, match="traced"):
         jax.jit(of)(jnp.ones(3))
 

@@ -97,7 +97,7 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path, text, alone, mon
     fewer(monkeypatch, 1)
     result = CliRunner().invoke(main, go_on)
     assert result.exit_code == 2
-    assert "as many devices as there are, got data=4,model=2 for 1" in result.stderr
+    assert "as many devices as there are, got data=4,model=2 for 1; --mesh gives" in result.stderr
     result = CliRunner().invoke(main, [*go_on, "--mesh", "data=1"])
     assert "resumed after 2 steps" in result.output, result.output
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

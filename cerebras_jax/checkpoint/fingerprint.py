@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,8 +40,13 @@ def fingerprint(tree: Any) -> dict[str, str]:
     paths, leaves = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int):
+            hint = (
+                "; of opt.state, give opt.state_dict()['state']"
+                if isinstance(leaf, Mapping)
+                else ""
+            )
             raise TypeError(
-                f"fingerprint takes arrays, {path_name(path)!r} is {type(leaf).__name__}"
+                f"fingerprint takes arrays, {path_name(path)!r} is {type(leaf).__name__}{hint}"
             )
         if is_traced(leaf):
             raise TypeError("fingerprint reads values, which a traced function has not")
@@ -51,13 +56,16 @@ def fingerprint(tree: Any) -> dict[str, str]:
 
 
 def fingerprints(arrays: Sequence[jax.Array | np.ndarray]) -> list[str]:
-    """The fingerprint of each array; on devices, all are started before one is waited for."""
+    """The fingerprint of each array; on accelerators, all are started before one is waited for."""
     started = []
     for x in arrays:
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         host = _on_host(x)
         started.append(_device_sums(x) if host is None else _host_sums(_words(host)))
+        if host is None and next(iter(x.sharding.device_set)).platform == "cpu":
+            # Programs of several devices wait for each other, and would take all of XLA's threads.
+            jax.block_until_ready(started[-1])
     return ["".join(f"{int(n):08x}" for n in np.asarray(pair)) for pair in started]
 
 

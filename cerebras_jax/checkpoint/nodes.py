@@ -30,9 +30,11 @@ class TreeNode(LeavesNode):
         for place, value in found.values.items():
             if not is_array(value) and not is_plain(value):
                 where = f"{self.where}{place.path}".rstrip("/")
+                is_sharding = isinstance(value, jax.sharding.Sharding)
+                hint = "; restore into jax.ShapeDtypeStruct(..., sharding=...)" * is_sharding
                 raise TypeError(
                     f"{where} can not be stored: it must be an array, a number or a string, got "
-                    f"{shown(value)}"
+                    f"{shown(value)}{hint}"
                 )
         return found
 

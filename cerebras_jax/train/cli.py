@@ -125,7 +125,8 @@ def train_command(
     metrics.jsonl, training.png, sample.txt, weights.npz and checkpoints.
 
     A run that was interrupted or killed goes on with --resume RUN, and the same --data, as if it
-    had not been; --steps may be more than before.
+    had not been; --steps may be more than before. On another number of devices, a run that was
+    begun with --mesh needs another --mesh.
 
     All devices at hand train together, with a part of each batch each (data parallel), and the
     states of the optimizer are split over them (ZeRO). --mesh and --zero say otherwise, as do

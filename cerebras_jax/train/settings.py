@@ -112,7 +112,7 @@ class TrainSettings:
         if math.prod(mesh.values()) != devices:
             raise ValueError(
                 f"train.mesh must have as many devices as there are, got {mesh_text(mesh)} for "
-                f"{devices}"
+                f"{devices}; --mesh gives another, such as data={devices}"
             )
         return mesh
 
