@@ -46,13 +46,6 @@ def _broadcast(data: bytes) -> bytes:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))
 
 
-def on_host(x: Any) -> np.ndarray:
-    """A whole array in the memory of every process; all of them must call this."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(x)
-
-
 def meet(where: str) -> None:
     """Waits until all processes are here."""
     if jax.process_count() > 1:

@@ -105,7 +105,8 @@ def state(
     with jax.sharding.use_abstract_mesh(explicit):
         shapes = jax.eval_shape(tx.init, jax.tree.map(typed, params))
     leaves, treedef = jax.tree.flatten(shapes)
-    kinds, memories = named(shapes, params), memories_of(shapes, params, state_memory)
+    kinds = named(shapes, params)
+    memories = memories_of(kinds, state_memory)
     shardings = treedef.unflatten(map(place, leaves, kinds, memories))
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings

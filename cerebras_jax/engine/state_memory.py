@@ -1,6 +1,6 @@
 """Which states are kept in the memory of the host: names, and what is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,9 +44,8 @@ def named(tree: Any, params: Any) -> list[Leaf]:
     return result
 
 
-def memories_of(tree: Any, params: Any, state_memory: StateMemory) -> list[str | None]:
+def memories_of(leaves: Sequence[Leaf], state_memory: StateMemory) -> list[str | None]:
     """For each leaf of a state the memory that it is kept in; None: the device's."""
-    leaves = named(tree, params)
     movable = list(dict.fromkeys(leaf.name for leaf in leaves if leaf.is_movable))
     is_dict = isinstance(state_memory, Mapping)
     chosen = state_memory if is_dict else dict.fromkeys(movable, state_memory)
@@ -66,7 +65,7 @@ def in_memory(tree: Any, params: Any, state_memory: StateMemory) -> Any:
     if state_memory is None:
         return tree
     leaves, treedef = jax.tree.flatten(tree)
-    memories = memories_of(tree, params, state_memory)
+    memories = memories_of(named(tree, params), state_memory)
     pairs = zip(leaves, memories, strict=True)
     return treedef.unflatten([x if memory is None else on_host(x) for x, memory in pairs])
 

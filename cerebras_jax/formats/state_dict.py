@@ -351,7 +351,10 @@ def load_known(given: Any, ours: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """A NumPy array from a JAX or NumPy array, a number, or a torch tensor (bfloat16 too)."""
+    """A NumPy array from a JAX or NumPy array, a number, or a torch tensor (bfloat16 too).
+
+    Of an array of which other processes hold parts it is all: every process must call this.
+    """
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = x.float() if str(x.dtype) == "torch.bfloat16" else x

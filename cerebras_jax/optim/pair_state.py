@@ -388,8 +388,7 @@ class PairOptimizer(Optimizer):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        leaves, structure = jax.tree.flatten(state["_state"])
-        super().__setstate__({**state, "_state": leaves, "_structure": structure})
+        super().__setstate__(state)
         self._take_state(state["_state"])  # NumPy, and so pickle, knows no memories
 
 

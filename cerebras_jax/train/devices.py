@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cerebras_jax.engine.placement import copy_to
-from cerebras_jax.processes import on_host
+from cerebras_jax.formats.state_dict import to_numpy
 from cerebras_jax.train.settings import TrainSettings
 
 _COLUMNS = ("*.linear_qkv.", "*.dense_in.")  # their results are split
@@ -67,7 +67,7 @@ def place(model: nnx.Module, mesh: Mesh) -> None:
 def brought_home(model: Any) -> Any:
     """A copy of a model on one device of each process; all of them must call this."""
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: jax.device_put(on_host(x)), state))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jax.device_put(to_numpy(x)), state))
 
 
 def split_batch(tokens: Any, mesh: Mesh) -> jax.Array:
