@@ -13,7 +13,7 @@ from cerebras_jax.optim.owner import Owner
 
 _SHOWN = (
     *SETTINGS,
-    *("sparsity", "state_dtype", "rounding", "zero_axis", "state_memory", "pack", "around"),
+    *("sparsity", "state_dtype", "rounding", "zero_axis", "state_memory", "around"),
 )
 
 
@@ -26,7 +26,7 @@ def as_text(optimizer: Owner) -> str:
         lines.append(f"Parameter Group {i}")
         lines += [f"    {k}: {plain_value(v)}" for k, v in sorted(_values_of(group).items())]
         lines.append(f"    params: {len(group['params'])} arrays, {total:,} elements")
-    lines += [f"{name}: {value}" for name, value in _settings_of(optimizer).items()]
+    lines += _settings_of(optimizer)
     if optimizer.copied:
         lines.append(f"copied before steps, because held elsewhere: {optimizer.copied} arrays")
     return "\n".join([*lines, ")"])
@@ -47,8 +47,7 @@ def as_html(optimizer: Owner, state: Any) -> str:
     total = sum(x.nbytes for x in jax.tree.leaves(state))
     body = "".join(f"<tr><td>{i}</td>{row}</tr>" for i, row in enumerate(rows))
     title = html.escape(type(optimizer).__name__)
-    given = [f"{name}: {value}" for name, value in _settings_of(optimizer).items()]
-    settings = html.escape("".join(f"; {x}" for x in given))
+    settings = html.escape("".join(f"; {x}" for x in _settings_of(optimizer)))
     return (
         f"<table><caption><code>{title}</code>: {len(values)} arrays, "
         f"{total:,} bytes of state{settings}</caption>"
@@ -56,14 +55,14 @@ def as_html(optimizer: Owner, state: Any) -> str:
     )
 
 
-def _settings_of(optimizer: Owner) -> dict[str, Any]:
+def _settings_of(optimizer: Owner) -> list[str]:
     """What the whole optimizer does, beside its groups, where that is not the default."""
     values = {name: getattr(optimizer, name, None) for name in _SHOWN}
-    return {
-        name: getattr(value, "tolist", lambda value=value: value)()
+    return [
+        f"{name}: {plain_value(value) if hasattr(value, 'shape') else value}"
         for name, value in values.items()
         if not _is_default(value)
-    }
+    ]
 
 
 def _is_default(value: Any) -> bool:
