@@ -10,7 +10,6 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
 
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -22,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import cerebras_jax as cjax
 from benchmarks import machine
+from benchmarks.contenders import update_of
 from benchmarks.sparsity import show
 from benchmarks.timing import Contender, interleave
 from cerebras_jax import optim, sharding
@@ -59,19 +59,13 @@ def pure(name: str, tx: Any, params: Any, x: Any, zero_axis: str | None) -> Cont
     where = (sharding.shardings_of(state), sharding.shardings_of(params))
 
     def step(state: Any, params: Any, x: Any) -> Any:
-        updates, state = tx.update(jax.grad(loss_of)(params, x), state, params)
-        return state, optax.apply_updates(params, updates)
+        return update_of(tx)(state, params, jax.grad(loss_of)(params, x))
 
-    return _running(
-        name, jax.jit(step, donate_argnums=(0, 1), out_shardings=where), state, params, x
-    )
-
-
-def _running(name: str, step: Callable[..., Any], state: Any, params: Any, x: Any) -> Contender:
+    compiled = jax.jit(step, donate_argnums=(0, 1), out_shardings=where)
     carry = [state, params]
 
     def run() -> None:
-        carry[:] = jax.block_until_ready(step(*carry, x))
+        carry[:] = jax.block_until_ready(compiled(*carry, x))
 
     return Contender(name, run)
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.contenders import update_of
 from cerebras_jax import optim, sharding
 
 _MAKERS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -79,8 +80,7 @@ def zero(mesh: Mesh, tx: Any) -> dict[str, list[str]]:
         return jnp.mean(x**2)
 
     def step(state: Any, params: Any, batch: Any) -> Any:
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
-        return state, optax.apply_updates(params, updates)
+        return update_of(tx)(state, params, jax.grad(loss)(params, batch))
 
     rows = {}
     for name, axis in (("whole", None), ("zero_axis", "data")):
@@ -114,16 +114,12 @@ def plan(mesh: Mesh, tx: Any) -> dict[str, list[str]]:
         for name, (shape, spec) in specs.items()
     }
 
-    def step(state: Any, params: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return state, optax.apply_updates(params, updates)
-
     start = time.perf_counter()
     sizes = sharding.plan(tx, params)
     planned = time.perf_counter() - start
     shapes, where = sharding.state(tx, params)
     results = (where, sharding.shardings_of(params))
-    program, seconds = compiled(step, (shapes, params, params), out_shardings=results)
+    program, seconds = compiled(update_of(tx), (shapes, params, params), out_shardings=results)
     states = sum(sizes.states.values()) / 2**30
     return {f"states {states:.2f} GiB, {planned:.1f} s": [*described(program), f"{seconds:.0f}"]}
 
