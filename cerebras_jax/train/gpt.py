@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cerebras_jax.train.settings import VOCABULARY
+from cerebras_jax.train.settings import VOCABULARY, TrainSettings
 
 
 class Attention(nnx.Module):
@@ -53,6 +53,17 @@ class GPT(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.embedding.attend(self.norm(x))
+
+
+def model_of(settings: TrainSettings) -> GPT:
+    """The model of a run, as it begins."""
+    return GPT(
+        context=settings.context,
+        layers=settings.layers,
+        width=settings.width,
+        heads=settings.heads,
+        rngs=nnx.Rngs(settings.seed),
+    )
 
 
 def cross_entropy(model: GPT, tokens: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from cerebras_jax.formats.safetensors_file import read_shapes
 from cerebras_jax.messages import shown
 from cerebras_jax.train import devices, gpt, report
 from cerebras_jax.train.answers import quiet_recipe, told
-from cerebras_jax.train.settings import TrainSettings, mesh_text, parse_mesh
+from cerebras_jax.train.settings import TrainSettings, layout_text, parse_mesh
 from cerebras_jax.yaml_config import read_config
 
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
@@ -90,18 +90,18 @@ def plan_command(
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(on, layouts[name]))
             for name, (shape, dtype) in shapes.items()
         }
-        is_split = count > 1 and settings.zero is not False
+        zero_axis = settings.zero_axis(count)
         planned = sharding.plan(
             recipe.transformation(abstract),
             abstract,
-            zero_axis="data" if is_split else None,
+            zero_axis=zero_axis,
             compile=compiles,
         )
     elements = sum(math.prod(shape) for shape, _ in shapes.values())
     console = report.plain_console()
     console.print(
         f"{recipe.optimizer_class.__name__}; {elements:,} parameters in {len(shapes)} arrays; "
-        f"{mesh_text(sizes)}, {'states split over data' if is_split else 'states whole'}"
+        f"{layout_text(sizes, zero_axis)}"
     )
     console.print(str(planned))
 
@@ -118,15 +118,7 @@ def _mesh(sizes: Mapping[str, int], compiles: bool) -> Mesh | AbstractMesh:
 
 
 def _embedded(settings: TrainSettings) -> Shapes:
-    model = nnx.eval_shape(
-        lambda: gpt.GPT(
-            context=settings.context,
-            layers=settings.layers,
-            width=settings.width,
-            heads=settings.heads,
-            rngs=nnx.Rngs(0),
-        )
-    )
+    model = nnx.eval_shape(lambda: gpt.model_of(settings))
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, k)): (tuple(v.shape), v.dtype.name) for k, v in flat}
 

@@ -16,16 +16,17 @@ from flax import nnx
 from rich.console import Console
 
 from cerebras_jax.checkpoint import Checkpoints
+from cerebras_jax.formats.state_dict import to_numpy
 from cerebras_jax.optim import Optimizer
 from cerebras_jax.optim.scheduler import Scheduler
-from cerebras_jax.processes import is_first, meet, on_host
+from cerebras_jax.processes import is_first, meet
 from cerebras_jax.recipe import Recipe
 from cerebras_jax.trace import trace
 from cerebras_jax.train import data, devices, gpt, report
 from cerebras_jax.train import folder as run_folder
 from cerebras_jax.train.interrupts import Interrupts, SharedInterrupts
 from cerebras_jax.train.losses import LateLosses, Loss
-from cerebras_jax.train.settings import TrainSettings, mesh_text
+from cerebras_jax.train.settings import TrainSettings, layout_text
 from cerebras_jax.train.tensorboard import Events
 from cerebras_jax.transforms.accumulate import accumulate
 from cerebras_jax.transforms.loss_scale import GradScaler
@@ -111,19 +112,12 @@ class Run:
                 f"the text must have at least {10 * window} bytes for train.context "
                 f"{settings.context}, got {len(text.train) + len(text.held_out)}"
             )
-        self.model = gpt.GPT(
-            context=settings.context,
-            layers=settings.layers,
-            width=settings.width,
-            heads=settings.heads,
-            rngs=nnx.Rngs(settings.seed),
-        )
+        self.model = gpt.model_of(settings)
         self.mesh = devices.mesh_of(settings)
         if self.mesh is not None:
             devices.place(self.model, self.mesh)
-        self.zero = self.mesh is not None and settings.zero is not False
-        zero_axis = "data" if self.zero else None
-        self.opt, self.schedulers = recipe.optimizer(self.model, zero_axis=zero_axis)
+        self.zero_axis = settings.zero_axis(1 if self.mesh is None else self.mesh.size)
+        self.opt, self.schedulers = recipe.optimizer(self.model, zero_axis=self.zero_axis)
         if "measure_gradients" in self.opt.settings:
             self.opt.measure_gradients = True  # pyright: ignore
         self.scaler = recipe.scaler()
@@ -142,10 +136,8 @@ class Run:
         """Where the run lies, for its first line; nothing, if that is one device."""
         if self.mesh is None:
             return ""
-        zero = "states split over data" if self.zero else "states whole"
-        sizes = mesh_text(self.mesh.shape)
         of = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        return f"; {self.mesh.size} devices{of}, {sizes}, {zero}"
+        return f"; {self.mesh.size} devices{of}, {layout_text(self.mesh.shape, self.zero_axis)}"
 
     @property
     def size(self) -> int:
@@ -181,7 +173,7 @@ class Run:
 
     def weights(self) -> dict[str, np.ndarray]:
         """The parameters by their dotted names, whole; all processes must call this."""
-        return {name: on_host(value) for name, value in self.opt.named_parameters()}
+        return {name: to_numpy(value) for name, value in self.opt.named_parameters()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""

@@ -116,6 +116,10 @@ class TrainSettings:
             )
         return mesh
 
+    def zero_axis(self, devices: int) -> str | None:
+        """The axis that states are split over on so many devices; None: they are whole."""
+        return "data" if devices > 1 and self.zero is not False else None
+
     def check_split(self, mesh: Mapping[str, int]) -> None:
         """Refuses a mesh over which a batch or the embedded model cannot be split.
 
@@ -165,6 +169,16 @@ def mesh_text(mesh: Mapping[str, int]) -> str:
     'data=4'
     """
     return ",".join(f"{k}={v}" for k, v in mesh.items() if v > 1) or "data=1"
+
+
+def layout_text(mesh: Mapping[str, int], zero_axis: str | None) -> str:
+    """A mesh, and what becomes of the states on it.
+
+    >>> layout_text({"data": 4, "model": 2}, "data")
+    'data=4,model=2, states split over data'
+    """
+    states = f"split over {zero_axis}" if zero_axis else "whole"
+    return f"{mesh_text(mesh)}, states {states}"
 
 
 def _check_mesh(mesh: Any) -> None:
