@@ -85,7 +85,12 @@ class Recipe:
     warnings: tuple[str, ...] = ()
 
     def optimizer(
-        self, params: Any, *, zero_axis: str | None = None, state_memory: StateMemory = None
+        self,
+        params: Any,
+        *,
+        zero_axis: str | None = None,
+        state_memory: StateMemory = None,
+        pack: bool | int = False,
     ) -> tuple[Optimizer, list[Scheduler]]:
         """The class form: the optimizer, which clips and skips, and the schedulers to step.
 
@@ -96,6 +101,7 @@ class Recipe:
           params: as a class of `optim` takes them.
           zero_axis: a mesh axis to split the states over; see `sharding.state`.
           state_memory: the memory to keep the states in; see `sharding.state`.
+          pack: the size below which parameters are packed; see `optim.packed`.
 
         Raises:
           TypeError: if the recipe has a sparsity, and the optimizer a step of its own.
@@ -104,9 +110,9 @@ class Recipe:
         """
         groups = self.param_groups(params)
         drivers(self.schedulers, groups)
-        given = {"zero_axis": zero_axis, "state_memory": state_memory}
-        where: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        opt = self.optimizer_class(groups, **self.optimizer_values, **where)
+        given = {"zero_axis": zero_axis, "state_memory": state_memory, "pack": pack}
+        how: dict[str, Any] = {k: v for k, v in given.items() if v is not None and v is not False}
+        opt = self.optimizer_class(groups, **self.optimizer_values, **how)
         for name in SETTINGS:
             value = getattr(self, name, None)
             if value not in (None, False):

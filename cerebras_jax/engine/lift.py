@@ -250,7 +250,20 @@ def lift(
         bits = treedef.unflatten(low_bits) if keeps_bits else state.low_bits
         return treedef.unflatten(updates), RuleState(count, clock, states, bits)
 
+    def why() -> str:
+        name = getattr(factory, "__name__", "the rule")
+        if not factory(**hypers.at_step(hyper, 0)).elementwise:
+            return f"{name} looks at whole parameters, or does not say that it is elementwise"
+        return f"rounding='stochastic' of {name} draws by path" if rounding == "stochastic" else ""
+
+    update.why_whole = why  # pyright: ignore[reportFunctionMemberAccess]
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
+
+
+def why_whole(tx: optax.GradientTransformation) -> str | None:
+    """Why parameters must not be joined for a pair; "" if they may, None if it does not say."""
+    why = getattr(tx.update, "why_whole", None)
+    return None if why is None else why()
 
 
 # --- clocks ---------------------------------------------------------------------------------------

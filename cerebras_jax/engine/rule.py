@@ -38,6 +38,8 @@ class Rule(NamedTuple):
         one after the other when the parameter is done, or XLA would have to copy them first.
       wide: states that are kept in at least float32 unless ``state_dtype`` says otherwise: sums
         and averages of squares, which underflow in float16 and stand still in bfloat16.
+      elementwise: whether every element of ``init`` and ``update`` depends on the same element of
+        its arguments only, whatever the shape, so that `packed` may join parameters.
     """
 
     init: Callable[[Any], Any]
@@ -47,6 +49,7 @@ class Rule(NamedTuple):
     supports_complex: bool = True
     written_last: tuple[str, ...] = ()
     wide: tuple[str, ...] = ()
+    elementwise: bool = False
 
 
 def has_term(number: Any) -> bool:

@@ -50,4 +50,5 @@ from cerebras_jax.transforms.finite import GuardState, guard, skip_nonfinite, sk
 from cerebras_jax.transforms.grouped import grouped
 from cerebras_jax.transforms.loss_scale import GradScaler, LossScaling
 from cerebras_jax.transforms.norms import NamedNorms, Norms, NormsState, measure_norms
+from cerebras_jax.transforms.packed import PackedState, packed, unpacked
 from cerebras_jax.transforms.spikes import SkipSpikes

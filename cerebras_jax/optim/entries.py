@@ -18,6 +18,7 @@ from cerebras_jax.messages import shown, warn_caller
 from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.sparse.masking import find_state, is_on, pack
 from cerebras_jax.transforms.grouped import GroupedState
+from cerebras_jax.transforms.packed import PackedState, Part, part_of, with_parts
 from cerebras_jax.types import Array
 
 LOW_BITS = "low_bits"  # the state of that name; see `rounding`
@@ -26,16 +27,18 @@ SPARSE_STEP = "sparsity.step"  # and the path of the steps that masks go by
 
 
 class Place(NamedTuple):
-    """Where a value lies: a leaf of the state, or one entry of a leaf that is a vector.
+    """Where a value lies: a leaf of the state, or a part or an entry of one that is a vector.
 
     Attributes:
       leaf, row: the leaf, and the entry; None: all of the leaf.
       is_packed: whether the leaf has the bits of a mask of `sparsify`; see `pack`.
+      part: the part of the leaf, where parameters share one; None: all of it. See `packed`.
     """
 
     leaf: int
     row: int | None = None
     is_packed: bool = False
+    part: Part | None = None
 
 
 class Catalogue(NamedTuple):
@@ -118,7 +121,9 @@ def catalogue(
         members = [names[path] for path in paths]
         masked = params if len(members) == len(names) else _masked(params, names, set(paths))
         known |= {index[id(x)] for x in jax.tree.leaves(own)}
-        if isinstance(own, RuleState):
+        if isinstance(own, PackedState):
+            _add_packed(of, own, names, index)
+        elif isinstance(own, RuleState):
             _add_rule(of, own, masked, members, index)
         else:
             mine = owners(g, own, masked.unflatten(members))
@@ -219,6 +224,20 @@ def _add_rule(
             of[name][key] = Place(index[id(vector)], row)
 
 
+def _add_packed(
+    of: dict, state: PackedState, names: Mapping[str, str], index: Mapping[int, int]
+) -> None:
+    vectors, own = dict(state.packs.vectors), state.inner
+    for key, tree in [*fields(own.states), (LOW_BITS, own.low_bits)]:
+        for path, leaf in (tree or {}).items():
+            for member, part in vectors.get(path, [(path, None)]) if leaf is not None else ():
+                of[names[member]][key] = Place(index[id(leaf)], part=part)
+    for row, members in enumerate(state.packs.rows()):
+        for key, vector in [*fields(own.clock), ("step", own.count)]:
+            for member in members:
+                of[names[member]][key] = Place(index[id(vector)], row)
+
+
 def _add_foreign(
     of: dict,
     state: Any,
@@ -262,7 +281,7 @@ def named(leaves: Sequence[Array], catalogue: Catalogue) -> NamedState:
     clocks: dict[str, dict[str, Any]] = {}
     for name, places in catalogue.of.items():
         for key, place in places.items():
-            leaf, row, _ = place
+            leaf, row = place.leaf, place.row
             if row is None:
                 states[name][key] = _whole(leaves, place)
                 continue
@@ -307,6 +326,8 @@ def _value(leaves: Sequence[Array], place: Place, host: dict[int, Any]) -> Any:
 
 def _whole(leaves: Sequence[Array], place: Place) -> Array:
     leaf = leaves[place.leaf]
+    if place.part is not None:
+        return part_of(leaf, place.part)
     return is_on(leaf) if place.is_packed else leaf
 
 
@@ -326,21 +347,51 @@ def write(
     leaves: Sequence[Array], catalogue: Catalogue, entries: Mapping[str, Mapping[str, Any]]
 ) -> list[Array]:
     """The leaves of a state that holds these values; what entries lack stays as it is."""
+    check_shared(catalogue, entries)
     result = list(leaves)
     rows: dict[int, dict[int, Any]] = {}
+    parts: dict[int, dict[Part, Any]] = {}
     for name, entry in entries.items():
         for key, value in entry.items():
             place = catalogue.of[name].get(key)
             if place is None:
                 continue
-            if place.row is None:
+            if place.part is not None:
+                parts.setdefault(place.leaf, {})[place.part] = value
+            elif place.row is None:
                 new = pack(value) if place.is_packed else value
                 result[place.leaf] = in_place_of(result[place.leaf], new)
             else:
                 rows.setdefault(place.leaf, {})[place.row] = value
     for leaf, values in rows.items():
         result[leaf] = _with_rows(result[leaf], values)
+    for leaf, values in parts.items():
+        result[leaf] = with_parts(result[leaf], values)
     return result
+
+
+def check_shared(catalogue: Catalogue, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses values for parameters that are packed together, if their clocks differ.
+
+    Args:
+      catalogue: what the leaves of the state are.
+      entries: by parameter name, values by state name; those that are traced pass.
+    """
+    first: dict[Place, tuple[str, Any]] = {}
+    for name, entry in entries.items():
+        places = catalogue.of[name]
+        if all(place.part is None for place in places.values()):
+            continue
+        for key in places.keys() & entry.keys():
+            place, value = places[key], entry[key]
+            if place.row is None or is_traced(value):
+                continue
+            other, theirs = first.setdefault(place, (name, value))
+            if np.asarray(value) != np.asarray(theirs):
+                raise ValueError(
+                    f"parameters {other!r} and {name!r} are packed and share their {key}, which "
+                    f"would be {theirs} and {value}: make the optimizer with pack=False"
+                )
 
 
 def _with_rows(vector: Array, values: Mapping[int, Any]) -> Array:

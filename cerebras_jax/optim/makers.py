@@ -13,6 +13,7 @@ from cerebras_jax.engine.hyper import whole_arguments
 from cerebras_jax.engine.leaf import Rounding, StateDtype
 from cerebras_jax.engine.lift import lift
 from cerebras_jax.engine.rule import Rule
+from cerebras_jax.transforms.packed import packed
 
 
 class How(NamedTuple):
@@ -20,15 +21,19 @@ class How(NamedTuple):
 
     Attributes:
       state_dtype, rounding: see `per_parameter`.
+      pack: below how many elements parameters are packed; 0: none are. See `packed`.
+      apart: dotted names of parameters that are not.
     """
 
     state_dtype: StateDtype = None
     rounding: Rounding = "nearest"
+    pack: int = 0
+    apart: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         dtype = self.state_dtype
         dtype = tuple(sorted(dtype.items())) if isinstance(dtype, dict) else dtype
-        return hash((str(dtype), self.rounding))
+        return hash((str(dtype), self.rounding, self.pack, self.apart))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +49,9 @@ class RuleMaker:
         """Refuses values out of range."""
         self.factory(**hyper)
 
-    def check_how(self, how: How) -> None:
-        """Refuses ways to keep arrays that there are not; `pair` does."""
+    def check_how(self, how: How, hyper: Mapping[str, Any]) -> None:
+        """Refuses ways to keep arrays that there are not."""
+        self.pair(hyper, how, None, returns_params=False)
 
     def live(self, hyper: Mapping[str, Any]) -> frozenset[str]:
         """Names of the arguments whose numbers may be traced."""
@@ -55,7 +61,7 @@ class RuleMaker:
         self, hyper: Mapping[str, Any], how: How, same: Sequence[int] | None, returns_params: bool
     ) -> optax.GradientTransformationExtraArgs:
         """The pair; see `lift`."""
-        return lift(
+        pair = lift(
             self.factory,
             hyper,
             state_dtype=how.state_dtype,
@@ -64,6 +70,7 @@ class RuleMaker:
             rounding=how.rounding,
             returns_params=returns_params,
         )
+        return packed(pair, how.pack, apart=how.apart) if how.pack else pair
 
     def owners(self, hyper: Mapping[str, Any], state: Any, names: Any) -> list[str | None]:
         """Whose the leaves of a state are."""
@@ -83,7 +90,7 @@ class ForeignMaker:
         """Refuses what the factory refuses."""
         self.factory(**hyper)
 
-    def check_how(self, how: How) -> None:
+    def check_how(self, how: How, hyper: Mapping[str, Any]) -> None:
         """Refuses ways to keep arrays: the factory alone knows its states."""
         for name, value, default in zip(how._fields, how, How(), strict=True):
             if value is not None and value != default:

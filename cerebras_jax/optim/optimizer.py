@@ -278,6 +278,7 @@ class Optimizer(Owner, ABC):
             for mine, group in zip(self.param_groups, loaded, strict=True):
                 check_keys(group, self.defaults)
                 self._check_loaded_group(mine, group)
+            self._check_named_state(state)
             for name, value in params.items():
                 self.set_parameter(name, value)
             for mine, group in zip(self.param_groups, loaded, strict=True):
@@ -285,6 +286,9 @@ class Optimizer(Owner, ABC):
                 mine.update(group)
             self._set_named_state(state)
             self._was_stepped = True
+
+    def _check_named_state(self, state: NamedState) -> None:
+        """Hook: refuses a state that does not fit."""
 
     def _set_named_state(self, state: NamedState) -> None:
         self._set_entries(state.states)

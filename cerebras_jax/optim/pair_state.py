@@ -20,7 +20,7 @@ from cerebras_jax.optim.entries import Catalogue, NamedState, StateView
 from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.optim.makers import Maker, RuleMaker
 from cerebras_jax.optim.optimizer import Optimizer
-from cerebras_jax.stateful import Fill, Slot
+from cerebras_jax.stateful import Fill, Memento, Slot
 from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.types import Array
 
@@ -45,6 +45,7 @@ class PairOptimizer(Optimizer):
     _keys: list[tuple[str, ...]]  # and their keys
     _fitted: Guard  # what the state was made for
 
+    pack: int  # see `makers.How`
     skip_nonfinite: bool
     skip_spikes: SkipSpikes | None
     measure_gradients: bool
@@ -72,9 +73,17 @@ class PairOptimizer(Optimizer):
         return result
 
     def _members(self) -> tuple[tuple[str, ...], ...]:
-        """Per group, the parameters in the order of the leaves, which is that of clocks."""
+        """Per group, for each entry of its clocks, in their order, the parameter that it is of.
+
+        Of parameters that are packed together it is the first.
+        """
         order = {name: i for i, name in enumerate(self._names)}
-        return tuple(tuple(sorted(group, key=order.__getitem__)) for group in self._groups)
+        groups = [sorted(group, key=order.__getitem__) for group in self._groups]
+        if not self.pack:
+            return tuple(map(tuple, groups))
+        of = self._catalogue().of
+        rows = [{of[name]["step"].row: name for name in reversed(group)} for group in groups]
+        return tuple(tuple(mine[row] for row in sorted(mine)) for mine in rows)
 
     def set_parameter(self, name: str, value: Array) -> None:
         """See `Optimizer.set_parameter`; with ``rounding="exact"`` no bit of a float32 is lost.
@@ -90,9 +99,9 @@ class PairOptimizer(Optimizer):
             is_whole = value.dtype != old.dtype
             top, low = rounding.split(value.astype(jnp.float32))
             super().set_parameter(name, top)
-            kept = self._state[place.leaf]
+            kept = entries.read(self._state, {entries.LOW_BITS: place}, {})[entries.LOW_BITS]
             low = low if is_whole else jnp.where(top == old, on_device(kept), low)
-            self._state[place.leaf] = in_place_of(kept, low)
+            self._set_entries({name: {entries.LOW_BITS: low}})
 
     def full_precision(self) -> Any:
         """The parameters as float32 where ``rounding="exact"`` keeps what bfloat16 cannot."""
@@ -158,7 +167,12 @@ class PairOptimizer(Optimizer):
                 f"missing: {sorted(missing)[:5]}, unknown: {sorted(extra)[:5]}, "
                 f"twice: {sorted(twice)[:5]}"
             )
-        self._allocate(self._kept_state())
+        before = Memento(self)
+        try:
+            self._allocate(self._kept_state())
+        except BaseException:
+            before.undo()
+            raise
 
     def _catalogue(self) -> Catalogue:
         cache = vars(self).setdefault("_cache", {})
@@ -250,13 +264,22 @@ class PairOptimizer(Optimizer):
             shared = found.shared | super().named_state().shared
             return found._replace(shared=shared, guard=self._seen())
 
+    def _check_named_state(self, state: NamedState) -> None:
+        self._check_entries(self._entries_of(state))
+
+    def _entries_of(self, state: NamedState) -> dict[str, dict[str, Any]]:
+        clocks = state.clocks.items()
+        return {
+            name: {
+                **state.states.get(name, {}),
+                **{key: named[name] for key, named in clocks if name in named},
+            }
+            for name in self._catalogue().of
+        }
+
     def _set_named_state(self, state: NamedState) -> None:
         known = self._catalogue()
-        scalars = {
-            name: {key: named[name] for key, named in state.clocks.items() if name in named}
-            for name in known.of
-        }
-        self._set_entries({n: state.states.get(n, {}) | scalars[n] for n in known.of})
+        self._set_entries(self._entries_of(state))
         shared = {k: v for k, v in state.shared.items() if k in known.shared}
         self._set_shared(shared, state.guard)
         attributes = [v for k, v in state.shared.items() if k not in known.shared]
@@ -266,6 +289,8 @@ class PairOptimizer(Optimizer):
         place = self._catalogue().of[name].get("step")
         if place is None or place.row is None:
             raise RuntimeError(f"{type(self).__name__} does not count steps of its own")
+        if any(x.part is not None for x in self._catalogue().of[name].values()):
+            raise RuntimeError(f"parameter {name!r} is packed, and shares its step count (pack=)")
         count = self._state[place.leaf]
         new = saturating_increment(count[place.row])
         self._state[place.leaf] = count.at[place.row].set(new)
@@ -303,7 +328,12 @@ class PairOptimizer(Optimizer):
     def _complete(
         self, loaded: dict[str, Any], ours: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
-        return entries.with_our_low_bits(loaded, ours)
+        completed = entries.with_our_low_bits(loaded, ours)
+        self._check_entries({n: {**ours[n], **(entry or {})} for n, entry in completed.items()})
+        return completed
+
+    def _check_entries(self, given: Mapping[str, Mapping[str, Any]]) -> None:
+        entries.check_shared(self._catalogue(), given)
 
     def _dialect(self) -> torch_format.Dialect:
         return torch_format.dialect_of(self.maker.factory)
@@ -360,7 +390,8 @@ class PairOptimizer(Optimizer):
         catalogue = self._catalogue()
         for name, places in catalogue.of.items():
             for key, place in places.items():
-                names[place.leaf] = f"{name}.{key}" if place.row is None else key
+                is_own = place.row is None and place.part is None
+                names[place.leaf] = f"{name}.{key}" if is_own else key
         for path, place in catalogue.shared.items():
             names[place.leaf] = path
         for path, place in catalogue.guard.items():

@@ -33,6 +33,7 @@ from cerebras_jax.stateful import DROPPED, OUTSIDE, locked
 from cerebras_jax.transforms.accumulate import Accumulation
 from cerebras_jax.transforms.finite import check_loss
 from cerebras_jax.transforms.loss_scale import GradScaler
+from cerebras_jax.transforms.packed import SMALL, check_below, is_spread
 
 P = ParamSpec("P")
 
@@ -48,6 +49,9 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
       state_dtype: a dtype for all states, or a dict from state names to dtypes.
       rounding: how new bfloat16 parameters are rounded: "nearest", "stochastic", or "exact", which
         trains them as float32 ones; see `rule.per_parameter`.
+      pack: keep the states of parameters with fewer than this many elements in one vector for each
+        group and dtype, and update them in one kernel; True: fewer than 4096, False: none. For
+        many small parameters; see `transforms.packed.packed`. States keep their names.
       around: functions from optax pair to optax pair, outermost first, that wrap the update of all
         groups, such as ``lambda tx: optax.MultiSteps(tx, 4)``. They see no step that is not
         taken, the parameters as they were given, and zeros where a gradient is None; such a
@@ -79,6 +83,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         enable_global_step: bool | None = ...,
         state_dtype: StateDtype = ...,
         rounding: Rounding = ...,
+        pack: bool | int = ...,
         around: Sequence[Wrapper] = ...,
         donate: Donate = ...,
         zero_axis: str | None = ...,
@@ -92,6 +97,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         enable_global_step: bool | None = None,
         state_dtype: StateDtype = None,
         rounding: Rounding = "nearest",
+        pack: bool | int = False,
         around: Sequence[Wrapper] = (),
         donate: Donate = "auto",
         zero_axis: str | None = None,
@@ -102,7 +108,8 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self.maker.check(arguments)
         if callable(around) or not all(callable(wrap) for wrap in around):
             raise TypeError(f"around must be a list of functions from pair to pair, got {around!r}")
-        self.maker.check_how(How(state_dtype, rounding))
+        self.pack = _size_below_which(pack)
+        self.maker.check_how(How(state_dtype, rounding, self.pack), arguments)
         self.around = tuple(around)
         self.state_dtype = state_dtype
         self.rounding: Rounding = rounding
@@ -127,6 +134,9 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         values, statics = self._arguments(home)
         self._fitted = self._guard()
         plan = self._plan(statics, (), self._fitted, None)
+        pairs = zip(plan.names, self._values(), strict=True)
+        apart = tuple(name for name, p in pairs if self.pack and is_spread(p))
+        plan = dataclasses.replace(plan, how=plan.how._replace(apart=apart))
         bounds = [getattr(self, name) for name in self._fitted.clips]
         params = plan.params.unflatten(beside(self._values(), home))
         if self.zero_axis is None and self.state_memory is None:
@@ -137,7 +147,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             state = sharding.init(tx, params, **where)
         self._take_state(state)
         vars(self).pop("_cache", None)
-        self._catalogue()
+        self._same = tuple((0,) * len(rows) for rows in self._members())
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -332,7 +342,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
             masking=self._masking(),
             guard=guard,
             around=self.around,
-            how=How(self.state_dtype, self.rounding),
+            how=How(self.state_dtype, self.rounding, self.pack),
             placement=placement,
         )
 
@@ -393,6 +403,14 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
 
 
 # --- helpers -------------------------------------------------------------------------------------
+
+
+def _size_below_which(pack: Any) -> int:
+    """The number of elements from which on parameters are not packed; 0: none are."""
+    if isinstance(pack, bool):
+        return SMALL if pack else 0
+    check_below("pack", pack)
+    return int(pack)
 
 
 def _is_pending(value: Any) -> bool:

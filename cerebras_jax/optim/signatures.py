@@ -10,6 +10,7 @@ _KEYWORDS = {
     "enable_global_step": False,
     "state_dtype": None,
     "rounding": "nearest",
+    "pack": False,
     "around": (),
     "donate": "auto",
 }
@@ -20,7 +21,7 @@ def signature_of(maker: Maker, counts_steps: bool) -> inspect.Signature:
     kinds = inspect.Parameter
     defaults = {**_KEYWORDS, "enable_global_step": counts_steps}
     if isinstance(maker, ForeignMaker):
-        for name in ("enable_global_step", "state_dtype", "rounding"):
+        for name in ("enable_global_step", "state_dtype", "rounding", "pack"):
             del defaults[name]
     factory = [p for p in maker.signature().parameters.values() if p.kind is not kinds.VAR_KEYWORD]
     own = [

@@ -1,7 +1,7 @@
 """Masks applied to trees: parameters, gradients, and the states of any optimizer."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.memory import on_device
 from cerebras_jax.engine.trees import align, leaf_paths
 from cerebras_jax.sparse.order import zero_after
+from cerebras_jax.transforms.packed import PackedState
 from cerebras_jax.types import Array, Params
 
 
@@ -191,7 +192,12 @@ def mask_states(
             for x, y, m in rows
         )
 
+    def by_path(values: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(paths(), values, strict=True))
+
     def visit(node: Any, late: Any) -> Any:
+        if isinstance(node, PackedState):
+            return _mask_packed(node, late, *map(by_path, (mask_leaves, leaves)), names)
         if isinstance(node, RuleState):
             chosen = {
                 name: mask(tree, getattr(late.states, name), f"state {name!r}")
@@ -208,5 +214,19 @@ def mask_states(
         visit,
         inner,
         inner if late is None else late,
-        is_leaf=lambda x: isinstance(x, RuleState) or is_like_params(x),
+        is_leaf=lambda x: isinstance(x, RuleState | PackedState) or is_like_params(x),
     )
+
+
+def _mask_packed(
+    state: PackedState,
+    late: PackedState,
+    masks: Mapping[str, Any],
+    params: Mapping[str, Any],
+    names: Sequence[str] | None,
+) -> PackedState:
+    """`mask_states` where parameters are packed; those without a mask are on everywhere."""
+    joined = state.packs.join(masks, lambda shape: jnp.ones(shape, bool))
+    shapes = {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in params.items()}
+    seen = state.packs.join(shapes)
+    return state._replace(inner=mask_states(state.inner, joined, seen, names, late.inner))

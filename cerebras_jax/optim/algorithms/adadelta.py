@@ -72,7 +72,11 @@ def adadelta(
         return -lr * delta, AdadeltaState(square_avg, acc_delta)
 
     return Rule(
-        init, update, written_last=("acc_delta", "square_avg"), wide=("square_avg", "acc_delta")
+        init,
+        update,
+        written_last=("acc_delta", "square_avg"),
+        wide=("square_avg", "acc_delta"),
+        elementwise=True,
     )
 
 

@@ -72,7 +72,7 @@ def adagrad(
         decay = 1 + (t - 1) * lr_decay
         return -lr / decay * g / (jnp.sqrt(total) + eps), AdagradState(total)
 
-    return Rule(init, update, wide=("sum",))
+    return Rule(init, update, wide=("sum",), elementwise=True)
 
 
 class Adagrad(Optimizer.of(adagrad, enable_global_step=True)):

@@ -100,8 +100,15 @@ def adam_base(
         return -lr * add_weight_decay(u, weight_decay, p), AdamState(m, v, v_max)
 
     if not correct_bias:
-        return Rule(init, update, wide=("exp_avg_sq", "max_exp_avg_sq"))
-    return Rule(init, update, AdamClock(b1, b2), tick, wide=("exp_avg_sq", "max_exp_avg_sq"))
+        return Rule(init, update, wide=("exp_avg_sq", "max_exp_avg_sq"), elementwise=True)
+    return Rule(
+        init,
+        update,
+        AdamClock(b1, b2),
+        tick,
+        wide=("exp_avg_sq", "max_exp_avg_sq"),
+        elementwise=True,
+    )
 
 
 class AdamBase(Optimizer.of(adam_base)):

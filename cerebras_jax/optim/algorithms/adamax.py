@@ -78,7 +78,7 @@ def adamax(
         u = jnp.maximum(b2 * s.exp_inf, jnp.abs(g) + eps)
         return -lr * (m / u) / bias, AdamaxState(m, u)
 
-    return Rule(init, update, AdamaxClock(b1), tick, wide=("exp_inf",))
+    return Rule(init, update, AdamaxClock(b1), tick, wide=("exp_inf",), elementwise=True)
 
 
 class Adamax(Optimizer.of(adamax)):

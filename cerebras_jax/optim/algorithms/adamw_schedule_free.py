@@ -122,6 +122,7 @@ def adamw_schedule_free(
         tick,
         written_last=("z", "exp_avg_sq"),
         wide=("z", "exp_avg_sq"),
+        elementwise=True,
     )
 
 

@@ -108,7 +108,7 @@ def ademamix(
         kept = None if s.exp_avg_fast is None else fast
         return -lr * add_weight_decay(u, weight_decay, p), AdEMAMixState(kept, slow, v)
 
-    return Rule(init, update, tick=tick, wide=("exp_avg_slow", "exp_avg_sq"))
+    return Rule(init, update, tick=tick, wide=("exp_avg_slow", "exp_avg_sq"), elementwise=True)
 
 
 def _half_life(beta: Number) -> Array:

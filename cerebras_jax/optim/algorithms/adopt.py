@@ -88,7 +88,9 @@ def adopt(
         step = add_weight_decay(m, weight_decay, p) if decouple else m
         return -jnp.where(is_first, 0, lr) * step, AdoptState(m, v)
 
-    return Rule(init, update, written_last=("exp_avg", "exp_avg_sq"), wide=("exp_avg_sq",))
+    return Rule(
+        init, update, written_last=("exp_avg", "exp_avg_sq"), wide=("exp_avg_sq",), elementwise=True
+    )
 
 
 class ADOPT(Optimizer.of(adopt, enable_global_step=True)):

@@ -85,7 +85,7 @@ def asgd(
         ax = jnp.where(now.mu == 1, new, s.ax + (new - s.ax) * now.mu)
         return u, ASGDState(ax)
 
-    return Rule(init, update, ASGDClock(lr, 1.0), tick)
+    return Rule(init, update, ASGDClock(lr, 1.0), tick, elementwise=True)
 
 
 class ASGD(Optimizer.of(asgd, enable_global_step=True)):

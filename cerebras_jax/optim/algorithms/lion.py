@@ -62,7 +62,7 @@ def lion(
         m = b2 * s.exp_avg + (1 - b2) * g
         return -lr * add_weight_decay(u, weight_decay, p), LionState(m)
 
-    return Rule(init, update, written_last=("exp_avg",))
+    return Rule(init, update, written_last=("exp_avg",), elementwise=True)
 
 
 class Lion(Optimizer.of(lion)):

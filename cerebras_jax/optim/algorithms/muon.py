@@ -204,7 +204,13 @@ def muon(
         u = m / bias_correction(b1, t) / (jnp.sqrt(v / bias_correction(b2, t)) + adam_eps)
         return -lr_of_adam * add_weight_decay(u, decay_of_adam, p), MuonState(None, m, v)
 
-    return Rule(init, update, supports_complex=False, wide=("exp_avg_sq",))
+    return Rule(
+        init,
+        update,
+        supports_complex=False,
+        wide=("exp_avg_sq",),
+        elementwise=use_muon is not None and not use_muon,
+    )
 
 
 def _is_floating(name: Any) -> bool:

@@ -96,7 +96,7 @@ def nadam(
         u = (now.of_momentum * m + now.of_gradient * g) / (jnp.sqrt(v / now.bias) + eps)
         return -lr * u, NAdamState(m, v)
 
-    return Rule(init, update, NAdamClock(1.0), tick, wide=("exp_avg_sq",))
+    return Rule(init, update, NAdamClock(1.0), tick, wide=("exp_avg_sq",), elementwise=True)
 
 
 class NAdam(Optimizer.of(nadam, enable_global_step=True)):

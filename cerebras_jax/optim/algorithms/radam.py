@@ -91,7 +91,7 @@ def radam(
         adapted = jnp.where(now.rectified, now.factor / (jnp.sqrt(v) + eps), 1)
         return -lr * (m / now.bias) * adapted, RAdamState(m, v)
 
-    return Rule(init, update, (), tick, wide=("exp_avg_sq",))
+    return Rule(init, update, (), tick, wide=("exp_avg_sq",), elementwise=True)
 
 
 def _rho(b2: Number, t: Array) -> Array:

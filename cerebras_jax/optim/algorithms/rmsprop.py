@@ -90,7 +90,7 @@ def rmsprop(
         b = momentum * s.momentum_buffer + g / scale
         return -lr * b, RMSpropState(square_avg, b, grad_avg)
 
-    return Rule(init, update, wide=("square_avg",))
+    return Rule(init, update, wide=("square_avg",), elementwise=True)
 
 
 class RMSprop(Optimizer.of(rmsprop)):

@@ -76,7 +76,7 @@ def rprop(
         g = jnp.where(sign < 0, 0, g)
         return -jnp.sign(g) * step_size, RpropState(g, step_size)
 
-    return Rule(init, update, written_last=("prev", "step_size"))
+    return Rule(init, update, written_last=("prev", "step_size"), elementwise=True)
 
 
 class Rprop(Optimizer.of(rprop)):

@@ -80,7 +80,7 @@ def sgd(
         b = momentum * s.momentum_buffer + (1 - dampening) * g
         return -lr * (g + momentum * b if nesterov else b), SGDState(b)
 
-    return Rule(init, update)
+    return Rule(init, update, elementwise=True)
 
 
 class SGD(Optimizer.of(sgd)):
