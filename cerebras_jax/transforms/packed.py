@@ -347,7 +347,7 @@ def _known_late(starts: Sequence[int]) -> list[Any]:
     """Numbers that XLA's CPU backend cannot write into kernels.
 
     So the parts of one shape have one kernel, which is compiled once: with a thousand parameters,
-    seconds in place of minutes. A constant of two numbers stays outside of kernels.
+    seconds in place of minutes. A constant of two different numbers stays outside of kernels.
     """
-    pairs = [jnp.asarray(np.array([start, 0], np.int32)) for start in starts]
+    pairs = [jnp.asarray(np.array([start, -1], np.int32)) for start in starts]
     return [pair[0] for pair in jax.lax.optimization_barrier(pairs)]

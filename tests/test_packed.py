@@ -1,0 +1,252 @@
+"""Small parameters in one vector: the numbers, names and errors are those of separate ones."""
+
+import copy
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cerebras_jax as cjax
+from cerebras_jax import optim, sparse
+from tests.optimizers import OPTIMIZERS
+
+SHAPES = {"a": (2, 3), "b": {"c": (2, 3), "d": (4,)}, "z": (40,)}
+BELOW = 20  # all but z
+
+
+def values(seed, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+
+    def draw(shape):
+        x = rng.normal(size=shape)
+        x = x + 1j * rng.normal(size=shape) if np.issubdtype(dtype, np.complexfloating) else x
+        return jnp.asarray(x, dtype)
+
+    return jax.tree.map(draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def close(a, b):
+    """Equal but for the last bits: XLA rounds elements at the end of an array in other places."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if isinstance(x, str):
+            assert x == y
+            continue
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype
+        x, y = (v.astype(np.float32) if v.dtype == jnp.bfloat16 else v for v in (x, y))
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6)
+
+
+# --- the pure form --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", OPTIMIZERS, ids=repr)
+def test_what_a_rule_says_of_itself_is_true(entry):
+    tx = entry.pure(**entry.kwargs)
+    if not entry.pure.rule(**entry.kwargs).elementwise:
+        with pytest.raises(TypeError, match=f"{entry.name} looks at whole parameters"):
+            optim.packed(tx)
+        return
+    params, packed = values(0), optim.packed(tx, BELOW)
+    plain, state = tx.init(params), packed.init(params)
+    assert bits(optim.unpacked(state, params)) == bits(plain)
+    update, step = jax.jit(tx.update), jax.jit(packed.update)
+    for i in range(2):
+        grads = values(i + 1)
+        u, plain = update(grads, plain, params)
+        v, state = step(grads, state, params)
+        close((u, plain), (v, optim.unpacked(state, params)))
+
+
+def test_scalars_empty_arrays_and_dtypes_have_vectors_of_their_own():
+    params = {
+        "packed float32": jnp.ones(2),
+        "scalar": jnp.float32(3),
+        "empty": jnp.ones((0, 2)),
+        "low": [jnp.ones(3, jnp.bfloat16), jnp.full((2, 1), 2, jnp.bfloat16)],
+        "alone": jnp.ones(2, jnp.float16),
+    }
+    tx, plain = (f(optim.sgd(lr=0.5, momentum=0.9)) for f in (optim.packed, lambda x: x))
+    state = tx.init(params)
+    kept = state.inner.states.momentum_buffer
+    found = {name: (x.shape, x.dtype.name) for name, x in kept.items()}
+    assert found == {
+        "packed float32'": ((3,), "float32"),
+        "packed bfloat16": ((5,), "bfloat16"),
+        "alone": ((2,), "float16"),
+    }
+    updates, state = tx.update(params, state, params)
+    expected, plain_state = plain.update(params, plain.init(params), params)
+    close((updates, optim.unpacked(state, params)), (expected, plain_state))
+
+
+def test_one_small_parameter_is_not_packed():
+    state = optim.packed(optim.lion(), BELOW).init({"w": jnp.ones(3), "z": jnp.ones(40)})
+    assert sorted(state.inner.states.exp_avg) == ["w", "z"]
+
+
+def test_pairs_of_others_have_to_be_vouched_for():
+    params = values(0)
+    with pytest.raises(TypeError, match="elementwise=True"):
+        optim.packed(optax.adam(0.1))
+    tx, plain = optim.packed(optax.adam(0.1), elementwise=True), optax.adam(0.1)
+    u, state = tx.update(params, tx.init(params), params)
+    v, plain_state = plain.update(params, plain.init(params), params)
+    close((u, optim.unpacked(state, params)), (v, plain_state))
+
+
+def test_overrides_schedules_and_chains():
+    params, lr = values(0), lambda t: 0.1 / (1 + t)
+    pairs = [
+        optax.chain(optax.clip_by_global_norm(1.0), f(optim.adamw(lr=lr, per_leaf_clocks=True)))
+        for f in (lambda x: x, functools.partial(optim.packed, below=BELOW))
+    ]
+    states = [tx.init(params) for tx in pairs]
+    for i in range(2):
+        made = [
+            jax.jit(tx.update)(params, s, params, weight_decay=0.1 * i)
+            for tx, s in zip(pairs, states, strict=True)
+        ]
+        states = [s for _, s in made]
+        close(made[0], optim.unpacked(made[1], params))
+
+
+# --- the class form -------------------------------------------------------------------------------
+
+
+def trained(pack, steps=3, cls=optim.AdamW, dtype=np.float32, sparsity=None, edit=None, **kwargs):
+    opt = cls(values(0, dtype), **{"lr": 0.01, **kwargs}, pack=pack)
+    if sparsity is not None:
+        opt.apply(sparsity)
+    for name, value in (edit or {}).items():
+        setattr(opt, name, value)
+    for i in range(steps):
+        grads = values(i + 1, dtype)
+        if i == 1 and opt.skip_nonfinite:
+            grads["a"] = grads["a"] * jnp.nan
+        opt.step(grads)
+    return opt
+
+
+def same(a, b):
+    close(a.params, b.params)
+    close(a.state_dict(), b.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_decay": 0.1},
+        {"state_dtype": jnp.bfloat16},
+        {"rounding": "exact", "dtype": jnp.bfloat16},
+        {"edit": {"max_gradient_norm": 0.5, "skip_nonfinite": True, "measure_norms": True}},
+        {"around": (lambda tx: optax.MultiSteps(tx, 2), optim.cautious)},
+        {"sparsity": sparse.Static(0.5, init_method="topk")},
+    ],
+    ids=lambda x: next(iter(x)),
+)
+def test_a_packed_class_takes_the_steps_of_one_that_is_not(options):
+    plain, packed = trained(False, **options), trained(BELOW, **options)
+    same(plain, packed)
+    close(plain.full_precision(), packed.full_precision())
+    if "around" not in options:
+        # States are visible by name, and go from one to the other.
+        other = trained(2 * BELOW, steps=1, **options)
+        plain.load_state_dict(packed.state_dict())
+        for name, value in packed.named_parameters():
+            other.set_parameter(name, value)
+        other.load_state_dict(plain.state_dict())
+        close(other.state_dict(), packed.state_dict())
+
+
+def test_groups_copies_pickles_and_moves():
+    groups = [{"params": {"a": jnp.ones(3), "b": jnp.ones(4)}}, {"params": {"c": jnp.ones(3)}}]
+    groups[1]["params"]["d"] = jnp.ones(2)
+    groups[1]["lr"] = 0.1
+    grads = [group["params"] for group in groups]
+    plain, packed = (optim.AdamW(groups, lr=0.01, pack=pack) for pack in (False, True))
+    made = [packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))]
+    for opt in (plain, *made):
+        opt.step(grads)
+        opt.param_groups[0]["params"].append(opt.param_groups[1]["params"].pop(0))
+        opt.step(grads)
+        opt.add_param_group({"params": {"e": jnp.ones(2)}})
+        opt.step([*grads, {"e": jnp.ones(2)}])
+    for opt in made:
+        same(plain, opt)
+    assert float(packed.state["a"]["exp_avg"][0]) == float(plain.state["a"]["exp_avg"][0])
+    packed.param_groups[0]["params"].append(packed.param_groups[2]["params"].pop())
+    with pytest.raises(ValueError, match="'e' are packed and share their .*pack=False"):
+        packed.step([*grads, {"e": jnp.ones(2)}])
+    packed.param_groups[2]["params"].append(packed.param_groups[0]["params"].pop())
+    close(packed.params, plain.params)
+    packed.step([*grads, {"e": jnp.ones(2)}])
+
+
+def test_trace_scan_and_checkpoints(tmp_path):
+    @cjax.trace
+    def step(opt, grads):
+        opt.step(grads)
+        return opt.state["a"]["exp_avg"]
+
+    plain, packed = (optim.AdamW(values(0), lr=0.01, pack=p) for p in (False, BELOW))
+    for i in range(2):
+        close(*(step(opt, values(i)) for opt in (plain, packed)))
+    grads = jax.tree.map(lambda *x: jnp.stack(x), values(1), values(2))
+    scanned, _ = jax.jit(lambda o: jax.lax.scan(lambda o, g: (o.step(g), (o, None))[1], o, grads))(
+        packed
+    )
+    before = packed.state_dict()
+    for i in (1, 2):
+        plain.step(values(i))
+    same(plain, scanned)
+    cjax.save(str(tmp_path / "run"), opt=packed)
+    fresh = optim.AdamW(values(5), lr=0.01, pack=False)
+    cjax.restore(str(tmp_path / "run"), opt=fresh)
+    close(fresh.state_dict(), before)
+    cjax.save(str(tmp_path / "back"), opt=fresh)
+    again = optim.AdamW(values(6), lr=0.01, pack=True)
+    cjax.restore(str(tmp_path / "back"), opt=again)
+    same(again, packed)
+
+
+def test_a_step_count_is_shared():
+    opt = trained(BELOW, steps=1, enable_global_step=True)
+    grads = values(1)
+    with pytest.raises(ValueError, match=r"\['a'\] have no gradient.*pack=False"):
+        opt.step({**grads, "a": None})
+    opt.step({**grads, "z": None})  # not packed
+    opt.step({"a": None, "b": {"c": None, "d": None}, "z": grads["z"]})  # none of the vector
+    assert [float(opt.state[name]["step"]) for name in ("a", "b.c", "z")] == [2, 2, 2]
+    before = opt.state_dict()
+    loaded = copy.deepcopy(before)
+    loaded["state"][0]["step"] = np.float32(7)
+    with pytest.raises(ValueError, match="'a' and 'b.c' are packed and share their step"):
+        opt.load_state_dict(loaded)
+    close(opt.state_dict(), before)
+    with pytest.raises(RuntimeError, match="'a' is packed"):
+        opt.increment_global_step("a")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda p: optim.Lamb(p, pack=True), TypeError, "lamb looks at whole"),
+        (lambda p: optim.AdamW(p, pack=0), ValueError, "pack must be .* >= 1, got 0"),
+        (lambda p: optim.AdamW(p, pack=0.5), TypeError, "pack must be .* got 0.5"),
+        (lambda p: optim.SGD(p, lr=1.0, rounding="stochastic", pack=True), TypeError, "by path"),
+        (lambda p: optim.optimizer_of(optax.adam)(p, 0.1, pack=True), TypeError, "pack is for"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_at_construction(make, error, words):
+    with pytest.raises(error, match=words):
+        make(values(0))
