@@ -71,6 +71,10 @@ def update(
     ]
     if every_form:
         field.append(contenders.traced(spec, params, grads))
+    if tree == "1000 leaves" and optimizer in ("adamw", "sgd"):
+        packed = optim.packed(spec.pure())
+        field.append(contenders.jitted("pure packed", packed, params, grads))
+        field.append(contenders.class_form(spec, params, grads, "class packed", pack=True))
     if spec.optax is not None:
         field.append(contenders.jitted("optax", spec.optax(), params, grads))
         if every_form:

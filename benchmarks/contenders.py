@@ -33,9 +33,9 @@ class Spec:
         """Our optax pair."""
         return getattr(optim, self.ours.lower())(**self.values)
 
-    def class_form(self, params: Any) -> Any:
+    def class_form(self, params: Any, **how: Any) -> Any:
         """Our optimizer object."""
-        return getattr(optim, self.ours)(params, **self.values)
+        return getattr(optim, self.ours)(params, **self.values, **how)
 
 
 _LR = 1e-3
@@ -110,15 +110,15 @@ def jitted(name: str, tx: Any, params: Any, grads: Any) -> Contender:
     return Contender(name, step)
 
 
-def class_form(spec: Spec, params: Any, grads: Any) -> Contender:
+def class_form(spec: Spec, params: Any, grads: Any, name: str = "class", **how: Any) -> Contender:
     """``opt.step(grads)``, where every new value of the parameters is read, as a model does."""
-    opt = spec.class_form(own(params))
+    opt = spec.class_form(own(params), **how)
 
     def step() -> None:
         opt.step(grads)
         jax.block_until_ready(opt.params)
 
-    return Contender("class", step)
+    return Contender(name, step)
 
 
 class _Leaves(nnx.Module):

@@ -90,6 +90,9 @@ def markdown(rows: Sequence[Row]) -> str:
         ("class", "pure"),
         ("trace", "pure"),
         ("class", "nnx"),
+        ("pure packed", "optax"),
+        ("pure packed", "torch fused"),
+        ("class packed", "torch fused"),
     ):
         lines += _pivot(updates, contender, peer, "optimizer", "tree")
     for case, pairs in {

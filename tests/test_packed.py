@@ -120,6 +120,34 @@ def test_overrides_schedules_and_chains():
         close(made[0], optim.unpacked(made[1], params))
 
 
+@pytest.mark.parametrize("per_leaf", [False, True], ids=["one clock", "clocks"])
+def test_checkpoints_of_states_go_by_names(tmp_path, per_leaf):
+    params = values(0)
+    plain, small, all_of_them = (
+        f(optim.adamw(per_leaf_clocks=per_leaf))
+        for f in (lambda x: x, lambda x: optim.packed(x, BELOW), lambda x: optim.packed(x, 999))
+    )
+    _, state = small.update(params, small.init(params), params)
+    cjax.save(str(tmp_path / "small"), state=state)
+    for name, tx in (("plain", plain), ("all", all_of_them)):
+        loaded = cjax.restore(str(tmp_path / "small"), state=tx.init(params))["state"]
+        close(optim.unpacked(loaded, params), optim.unpacked(state, params))
+        cjax.save(str(tmp_path / name), state=loaded)
+        shapes = jax.eval_shape(small.init, params)
+        back = cjax.restore(str(tmp_path / name), state=shapes)["state"]
+        assert bits(back) == bits(state)
+
+
+def test_bits_of_packed_parameters_are_found_or_asked_for():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), values(0))
+    tx = optim.packed(optim.sgd(lr=0.01, rounding="exact"), BELOW)
+    _, state = tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match="unpacked"):
+        optim.full_precision(params, state)
+    wide = optim.full_precision(params, optim.unpacked(state, params))
+    assert (np.asarray(wide["a"]) != np.asarray(params["a"], np.float32)).any()
+
+
 # --- the class form -------------------------------------------------------------------------------
 
 

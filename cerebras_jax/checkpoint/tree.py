@@ -11,16 +11,28 @@ from cerebras_jax.checkpoint.leaves import ANY, CheckpointError, Leaves, Place
 from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.trees import path_name
+from cerebras_jax.transforms.packed import PackedState, Part, part_of, with_parts
 
 
 class Clock(NamedTuple):
-    """The place of a clock, and whose it is."""
+    """The place of a clock, and whose it is; of several entries, per name the row."""
 
     folder: str
     names: tuple[str, ...]
+    rows: tuple[int, ...] = ()
 
 
-def places(tree: Any) -> list[Place | Clock]:
+class Vector(NamedTuple):
+    """The places of the parameters that are packed in one vector."""
+
+    folder: str
+    parts: tuple[tuple[str, Part], ...]
+
+    def by_place(self) -> dict[Place, Part]:
+        return {Place(self.folder, name): part for name, part in self.parts}
+
+
+def places(tree: Any) -> list[Place | Clock | Vector]:
     """Where each leaf of a tree stands in a checkpoint.
 
     Wherever a `RuleState` is nested, its states are at ``state/KEY/PARAMETER`` and its clocks at
@@ -28,7 +40,7 @@ def places(tree: Any) -> list[Place | Clock]:
     """
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_rule)
     has_rules = any(_is_rule(node) for _, node in nodes)
-    found: list[Place | Clock] = []
+    found: list[Place | Clock | Vector] = []
     for path, node in nodes:
         if _is_rule(node):
             i, taken = 0, _taken(found)
@@ -43,28 +55,44 @@ def places(tree: Any) -> list[Place | Clock]:
 
 
 def _is_rule(x: Any) -> bool:
-    return isinstance(x, RuleState)
+    return isinstance(x, RuleState) or (
+        isinstance(x, PackedState) and isinstance(x.inner, RuleState)
+    )
 
 
-def _taken(found: Sequence[Place | Clock]) -> set[tuple[str, str]]:
-    return {
-        (p.folder, name) for p in found for name in (p.names if isinstance(p, Clock) else (p.name,))
-    }
+def _taken(found: Sequence[Place | Clock | Vector]) -> set[tuple[str, str]]:
+    return {(p.folder, name) for p in found for name in _names_at(p)}
 
 
-def _rule_places(state: RuleState, number: str) -> list[Place | Clock]:
+def _names_at(place: Place | Clock | Vector) -> tuple[str, ...]:
+    if isinstance(place, Vector):
+        return tuple(name for name, _ in place.parts)
+    return place.names if isinstance(place, Clock) else (place.name,)
+
+
+def _rule_places(node: Any, number: str) -> list[Place | Clock | Vector]:
     """Those of the leaves of a rule's state, in their order."""
-    names = _names(state)
+    state, vectors = (node.inner, dict(node.packs.vectors)) if _is_packed(node) else (node, {})
+    rows = node.packs.rows() if _is_packed(node) else [[name] for name in _names(state)]
+    of_names = [(name, row) for row, members in enumerate(rows) for name in members]
+    names, row_of = zip(*of_names, strict=True) if of_names else ((), ())
 
     def clock(key: str) -> Clock:
-        return Clock(f"clock{number}/{key}", names)
+        return Clock(f"clock{number}/{key}", names, row_of)
 
-    found: list[Place | Clock] = [clock("step")]
+    def place(folder: str, path: str) -> Place | Vector:
+        return Vector(folder, vectors[path]) if path in vectors else Place(folder, path)
+
+    found: list[Place | Clock | Vector] = [clock("step")]
     found += [clock(key) for key, _ in fields(state.clock)]
     for key, tree in fields(state.states):
         paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-        found += [Place(f"state{number}/{key}", path) for path in paths]
+        found += [place(f"state{number}/{key}", path) for path in paths]
     return found
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, PackedState)
 
 
 def _names(state: RuleState) -> tuple[str, ...]:
@@ -85,18 +113,28 @@ def to_leaves(tree: Any) -> Leaves:
     clocks: dict[str, dict[str, Any]] = {}
     for place, leaf in zip(places(tree), jax.tree.leaves(tree), strict=True):
         if isinstance(place, Clock):
-            clocks.setdefault(place.folder, {}).update(_numbers(place.names, leaf))
+            clocks.setdefault(place.folder, {}).update(_numbers(place, leaf))
+        elif isinstance(place, Vector):
+            values |= {at: _cut(leaf, part) for at, part in place.by_place().items()}
         else:
             values[place] = leaf
     return Leaves(values, clocks)
 
 
-def _numbers(names: Sequence[str], clock: Any) -> dict[str, Any]:
+def _cut(vector: Any, part: Part) -> Any:
+    """A part of a vector; a shape of a shape."""
+    if isinstance(vector, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(part.shape, vector.dtype)
+    return part_of(vector, part)
+
+
+def _numbers(place: Clock, clock: Any) -> dict[str, Any]:
     """A clock's entry for each name; shapes stand for themselves."""
     if isinstance(clock, jax.ShapeDtypeStruct):
-        return dict.fromkeys(names, clock)
-    entries = np.broadcast_to(np.asarray(clock), (len(names),))
-    return dict(zip(names, entries, strict=True))
+        return dict.fromkeys(place.names, clock)
+    host = np.asarray(clock)
+    entries = [host[row] if host.ndim else host[()] for row in place.rows]
+    return dict(zip(place.names, entries, strict=True))
 
 
 def from_leaves(tree: Any, leaves: Leaves, where: str) -> Any:
@@ -109,6 +147,11 @@ def from_leaves(tree: Any, leaves: Leaves, where: str) -> Any:
     for place, like in zip(places(tree), jax.tree.leaves(tree), strict=True):
         if isinstance(place, Clock):
             filled.append(_clock(place, leaves.clocks[place.folder], like, where))
+        elif isinstance(place, Vector):
+            parts = {part: leaves.values[at] for at, part in place.by_place().items()}
+            is_shape = isinstance(like, jax.ShapeDtypeStruct)
+            old = jnp.zeros(like.shape, like.dtype, device=like.sharding) if is_shape else like
+            filled.append(with_parts(old, parts))
         else:
             filled.append(leaves.values[place])
     return jax.tree.structure(tree).unflatten(filled)
@@ -119,7 +162,18 @@ def _clock(place: Clock, numbers: dict[str, Any], like: Any, where: str) -> Any:
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in mine):
         raise CheckpointError(f"{where}{place.folder} is missing, and ours has no value")
     vector = np.asarray(mine).astype(like.dtype)
-    if np.shape(like) == ():
+    if np.shape(like) != ():
+        first = {row: x for row, x in zip(reversed(place.rows), vector[::-1], strict=True)}
+        apart = [
+            n for n, row, x in zip(place.names, place.rows, vector, strict=True) if x != first[row]
+        ]
+        if apart:
+            raise CheckpointError(
+                f"{where}{place.folder}: {apart[0]!r} has taken other steps than the parameters "
+                "that it is packed with; leave it apart (packed(..., apart=[...]))"
+            )
+        vector = np.asarray([first[row] for row in sorted(first)], like.dtype)
+    else:
         if len(set(vector.tolist())) > 1:
             raise CheckpointError(
                 f"{where}{place.folder}: parameters have taken different numbers of steps, ours "

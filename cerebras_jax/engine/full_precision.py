@@ -23,6 +23,9 @@ def full_precision(params: Params, state: Any) -> Any:
     Returns:
       a tree like the parameters; those without bits in the state are widened, others stay.
 
+    Raises:
+      ValueError: if the state has bits of other names; that of `packed` has, see `unpacked`.
+
     >>> import optax
     >>> from cerebras_jax import optim
     >>> tx = optim.sgd(lr=1.0, rounding="exact")
@@ -38,6 +41,11 @@ def full_precision(params: Params, state: Any) -> Any:
         if isinstance(node, RuleState) and node.low_bits is not None:
             paths, leaves = leaf_paths(node.low_bits), jax.tree.leaves(node.low_bits)
             bits |= zip(paths, on_device(leaves), strict=True)
+    if unknown := sorted(bits.keys() - set(leaf_paths(params))):
+        raise ValueError(
+            f"the state has bits of {unknown[:5]}, which the parameters have not; of a packed one "
+            "give unpacked(state, params)"
+        )
     leaves, treedef = jax.tree.flatten(params)
     wide = [
         rounding.join(p, bits[name] if name in bits else jnp.zeros_like(p, jnp.int16))
