@@ -3,16 +3,19 @@
 import copy
 import functools
 import pickle
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import as_shipped
+from optimizers import OPTIMIZERS
 
 import cerebras_jax as cjax
 from cerebras_jax import optim, sparse
-from tests.optimizers import OPTIMIZERS
 
 SHAPES = {"a": (2, 3), "b": {"c": (2, 3), "d": (4,)}, "z": (40,)}
 BELOW = 20  # all but z
@@ -76,7 +79,7 @@ def test_scalars_empty_arrays_and_dtypes_have_vectors_of_their_own():
         "alone": jnp.ones(2, jnp.float16),
     }
     tx, plain = (f(optim.sgd(lr=0.5, momentum=0.9)) for f in (optim.packed, lambda x: x))
-    state = tx.init(params)
+    state: Any = tx.init(params)
     kept = state.inner.states.momentum_buffer
     found = {name: (x.shape, x.dtype.name) for name, x in kept.items()}
     assert found == {
@@ -90,7 +93,7 @@ def test_scalars_empty_arrays_and_dtypes_have_vectors_of_their_own():
 
 
 def test_one_small_parameter_is_not_packed():
-    state = optim.packed(optim.lion(), BELOW).init({"w": jnp.ones(3), "z": jnp.ones(40)})
+    state: Any = optim.packed(optim.lion(), BELOW).init({"w": jnp.ones(3), "z": jnp.ones(40)})
     assert sorted(state.inner.states.exp_avg) == ["w", "z"]
 
 
@@ -118,6 +121,20 @@ def test_overrides_schedules_and_chains():
         ]
         states = [s for _, s in made]
         close(made[0], optim.unpacked(made[1], params))
+
+
+def test_parts_of_one_shape_are_one_kernel_and_memory_is_that_of_two_vectors():
+    """Offsets that XLA knows would be constants in kernels, each of which is compiled."""
+    params = {f"w{i:03}": jnp.ones(64 + i % 2) for i in range(60)}
+    tx = optim.packed(optim.adamw(lr=0.1))
+    state = tx.init(params)
+    run = jax.jit(tx.update, donate_argnums=(0, 1))
+    compiled = as_shipped(run.lower(params, state, params))
+    ((_, parts),) = state.packs.vectors
+    written = {int(x) for x in re.findall(r"s32\[\] constant\((\d+)\)", compiled.as_text())}
+    assert not written & {part.start for _, part in parts[1:]}
+    size = sum(x.nbytes for x in params.values())
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * size + 1024
 
 
 @pytest.mark.parametrize("per_leaf", [False, True], ids=["one clock", "clocks"])
@@ -197,7 +214,10 @@ def test_a_packed_class_takes_the_steps_of_one_that_is_not(options):
 
 
 def test_groups_copies_pickles_and_moves():
-    groups = [{"params": {"a": jnp.ones(3), "b": jnp.ones(4)}}, {"params": {"c": jnp.ones(3)}}]
+    groups: list[Any] = [
+        {"params": {"a": jnp.ones(3), "b": jnp.ones(4)}},
+        {"params": {"c": jnp.ones(3)}},
+    ]
     groups[1]["params"]["d"] = jnp.ones(2)
     groups[1]["lr"] = 0.1
     grads = [group["params"] for group in groups]

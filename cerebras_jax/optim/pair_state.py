@@ -82,7 +82,7 @@ class PairOptimizer(Optimizer):
         if not self.pack:
             return tuple(map(tuple, groups))
         of = self._catalogue().of
-        rows = [{of[name]["step"].row: name for name in reversed(group)} for group in groups]
+        rows = [{of[name]["step"].row or 0: name for name in reversed(group)} for group in groups]
         return tuple(tuple(mine[row] for row in sorted(mine)) for mine in rows)
 
     def set_parameter(self, name: str, value: Array) -> None:

@@ -197,7 +197,7 @@ def mask_states(
 
     def visit(node: Any, late: Any) -> Any:
         if isinstance(node, PackedState):
-            return _mask_packed(node, late, *map(by_path, (mask_leaves, leaves)), names)
+            return _mask_packed(node, late, by_path(mask_leaves), by_path(leaves), names)
         if isinstance(node, RuleState):
             chosen = {
                 name: mask(tree, getattr(late.states, name), f"state {name!r}")

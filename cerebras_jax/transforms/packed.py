@@ -101,7 +101,9 @@ class Packs:
         result = dict(joined)
         for key, parts in self.vectors:
             vector = result.pop(key)
-            starts = _known_late([part.start for _, part in parts])
+            starts: Any = [np.int32(part.start) for _, part in parts]
+            if is_traced(vector):
+                starts = _known_late(starts)
             for (name, part), start in zip(parts, starts, strict=True):
                 result[name] = None if vector is None else _part(vector, start, part.shape)
         return {name: result[name] for name in self.names}
@@ -189,6 +191,7 @@ def packed(
         given = dict(zip(names, g_leaves, strict=True))
         _check_present(packs, given)
         mine = packs.join(given), state.inner, packs.join(dict(zip(names, p_leaves, strict=True)))
+        updates: Any
         updates, new = inner.update(*mine, **extra)
         return treedef.unflatten(packs.split(updates).values()), PackedState(new, packs)
 
@@ -343,7 +346,7 @@ def _part(vector: Array, start: Any, shape: tuple[int, ...]) -> Array:
     return jax.lax.dynamic_slice(vector, (start,), (math.prod(shape),)).reshape(shape)
 
 
-def _known_late(starts: Sequence[int]) -> list[Any]:
+def _known_late(starts: Sequence[Any]) -> list[Any]:
     """Numbers that XLA's CPU backend cannot write into kernels.
 
     So the parts of one shape have one kernel, which is compiled once: with a thousand parameters,
