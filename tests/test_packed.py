@@ -127,7 +127,7 @@ def test_parts_of_one_shape_are_one_kernel_and_memory_is_that_of_two_vectors():
     """Offsets that XLA knows would be constants in kernels, each of which is compiled."""
     params = {f"w{i:03}": jnp.ones(64 + i % 2) for i in range(60)}
     tx = optim.packed(optim.adamw(lr=0.1))
-    state = tx.init(params)
+    state: Any = tx.init(params)
     run = jax.jit(tx.update, donate_argnums=(0, 1))
     compiled = as_shipped(run.lower(params, state, params))
     ((_, parts),) = state.packs.vectors
@@ -283,6 +283,68 @@ def test_a_step_count_is_shared():
     close(opt.state_dict(), before)
     with pytest.raises(RuntimeError, match="'a' is packed"):
         opt.increment_global_step("a")
+
+
+def test_scaled_losses_and_masks_that_move():
+    scaler = {pack: optim.GradScaler(loss_scale="dynamic") for pack in (False, BELOW)}
+
+    def train(pack):
+        opt = optim.AdamW(values(0), lr=0.01, weight_decay=0.1, pack=pack)
+        opt.apply(sparse.SET(0.5, update=sparse.Every(2, stop=4), drop_fraction=0.3))
+
+        @cjax.trace
+        def step(opt, scaler, batch):
+            def loss_fn(params):
+                parts = jax.tree.map(lambda p, x: jnp.sum((p - x) ** 2), params, batch)
+                return sum(jax.tree.leaves(parts))
+
+            return opt.step(loss_fn, scaler=scaler)
+
+        for i in range(4):
+            step(opt, scaler[pack], values(i + 1))
+        return opt
+
+    plain, packed = train(False), train(BELOW)
+    same(plain, packed)
+    np.testing.assert_array_equal(*(s.get_scale() for s in scaler.values()))
+
+
+def test_states_on_many_devices_and_on_the_host():
+    mesh = jax.make_mesh((8,), ("data",))
+    whole = jax.NamedSharding(mesh, jax.P())
+    params = jax.device_put({**values(0), "large": jnp.ones((16, 8))}, whole)
+    params["split"] = jax.device_put(jnp.ones(8), jax.NamedSharding(mesh, jax.P("data")))
+    options: Any = {"lr": 0.01, "zero_axis": "data", "state_memory": {"exp_avg": "pinned_host"}}
+    grads = jax.tree.map(lambda p: p + 1, params)
+    plain, packed = (optim.AdamW(params, pack=pack, **options) for pack in (False, 40))
+    for opt in (plain, packed):
+        for _ in range(2):
+            opt.step(grads)
+    same(plain, packed)
+    arrays = zip(packed.array_names(), packed.parts().arrays, strict=True)
+    kinds = {n: x.sharding.memory_kind for n, x in arrays if "exp_avg" in n}
+    assert set(kinds.values()) == {"pinned_host", "device"}
+    for name, kind in kinds.items():
+        assert ("exp_avg_sq" in name) == (kind == "device"), name
+    for value in (np.full((2, 3), 7.0), jnp.full((2, 3), 8.0)):
+        saved = packed.state_dict()
+        saved["state"][0]["exp_avg"] = value
+        packed.load_state_dict(saved)
+        np.testing.assert_array_equal(packed.state["a"]["exp_avg"], value)
+    assert kinds == {
+        n: x.sharding.memory_kind
+        for n, x in zip(packed.array_names(), packed.parts().arrays, strict=True)
+        if "exp_avg" in n
+    }
+    assert packed.state["split"]["exp_avg"].sharding.spec == jax.P("data")
+
+
+def test_it_is_chosen_when_made_and_shown():
+    opt = optim.AdamW(values(0), lr=0.01, pack=BELOW)
+    with pytest.raises(AttributeError, match="pack is chosen when AdamW is made.*20"):
+        opt.pack = 40
+    assert "pack: 20" in repr(opt)
+    assert "pack" not in repr(optim.AdamW(values(0), lr=0.01))
 
 
 @pytest.mark.parametrize(

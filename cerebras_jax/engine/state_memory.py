@@ -20,7 +20,7 @@ class Leaf(NamedTuple):
 
     Attributes:
       name: the last attribute on the way to a tree like the parameters.
-      is_movable: whether it is an array of one parameter, and no scalar.
+      is_movable: whether it is an array of parameters, and no scalar.
     """
 
     name: str
@@ -31,16 +31,19 @@ def named(tree: Any, params: Any) -> list[Leaf]:
     """What the leaves of a state are, given the parameters or their shapes."""
     paths = {tuple(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     longest = max(map(len, paths), default=0)
-    rules = jax.tree.leaves(tree, is_leaf=_is_rule)
-    clocks = [(node.count, node.clock) for node in rules if _is_rule(node)]
+    rules = [x for x in jax.tree.leaves(tree, is_leaf=_is_rule) if _is_rule(x)]
+    clocks = [(rule.count, rule.clock) for rule in rules]
     counts = {id(x) for x in jax.tree.leaves(clocks)}  # those of classes are vectors
+    states = {id(x) for x in jax.tree.leaves([(rule.states, rule.low_bits) for rule in rules])}
     result = []
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         ends = [n for n in range(longest, -1, -1) if tuple(path[len(path) - n :]) in paths]
         above = path[: len(path) - next(iter(ends), 0)]
         names = [k.name for k in above if isinstance(k, jax.tree_util.GetAttrKey)]
         name = names[-1] if names else jax.tree_util.keystr(above)
-        result.append(Leaf(name, bool(ends) and x.ndim > 0 and id(x) not in counts))
+        # Of packed parameters the paths are others.
+        is_state = id(x) in states or (bool(ends) and id(x) not in counts)
+        result.append(Leaf(name, is_state and x.ndim > 0))
     return result
 
 

@@ -13,7 +13,7 @@ from cerebras_jax.optim.owner import Owner
 
 _SHOWN = (
     *SETTINGS,
-    *("sparsity", "state_dtype", "rounding", "zero_axis", "state_memory", "around"),
+    *("sparsity", "state_dtype", "rounding", "pack", "zero_axis", "state_memory", "around"),
 )
 
 
@@ -66,7 +66,7 @@ def _settings_of(optimizer: Owner) -> list[str]:
 
 
 def _is_default(value: Any) -> bool:
-    is_plain = value is None or isinstance(value, bool | str | tuple)
+    is_plain = value is None or isinstance(value, bool | int | str | tuple)
     return is_plain and value in (None, False, "nearest", ())
 
 

@@ -7,7 +7,7 @@ from cerebras_jax.optim.pair_state import PairOptimizer
 from cerebras_jax.transforms.finite import GuardState, check_skips
 from cerebras_jax.transforms.norms import check_kinds
 
-_MADE_WITH = frozenset({"state_dtype", "rounding", "zero_axis", "state_memory"})
+_MADE_WITH = frozenset({"state_dtype", "rounding", "pack", "zero_axis", "state_memory"})
 
 SCALED = (-1, "loss_scale")  # among the live values: steps came with a scaler
 

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.lift import RuleState, why_whole
+from cerebras_jax.engine.memory import in_memory_of, on_device
 from cerebras_jax.engine.placement import in_place_of
 from cerebras_jax.engine.trees import align, as_array, check_distinct, check_grads, leaf_paths
 from cerebras_jax.types import Array, Params
@@ -257,22 +258,38 @@ def is_spread(x: Any) -> bool:
 
 
 def part_of(vector: Any, part: Part) -> Array:
-    """A parameter's part of a vector, as an array of its own."""
-    return _cut(vector, np.int32(part.start), part.shape)
+    """A parameter's part of a vector, as an array of its own, on the device and not split."""
+    return _cut(_gathered(vector), np.int32(part.start), part.shape)
 
 
 def with_parts(vector: Any, values: Mapping[Part, Any]) -> Any:
     """A vector with other values in these parts; where it lies."""
     arrays = [vector, *values.values()]
     if any(is_traced(x) or not _is_at_hand(x) for x in arrays):
+        result = _gathered(vector)
         for part, value in values.items():
             new = jnp.asarray(value).astype(vector.dtype)
-            vector = _with_part(vector, new, np.int32(part.start))
-        return vector
+            result = _with_part(result, new, np.int32(part.start))
+        if is_spread(vector):
+            result = _laid(result, vector)
+        return in_memory_of(vector, result)
     host = np.array(vector)
     for part, value in values.items():
         host[part.start : part.stop] = np.asarray(value).ravel()
     return in_place_of(vector, host)
+
+
+def _gathered(vector: Any) -> Any:
+    """The vector whole on every device: parts need not end where those of the devices do."""
+    vector = on_device(vector)
+    return _laid(vector, vector, PartitionSpec()) if is_spread(vector) else vector
+
+
+def _laid(x: Any, like: Any, spec: PartitionSpec | None = None) -> Any:
+    """An array split as another, or so on its mesh."""
+    where = (jax.typeof(like) if is_traced(like) else like).sharding
+    where = NamedSharding(where.mesh, where.spec if spec is None else spec)
+    return jax.sharding.reshard(x, where) if is_traced(x) else jax.device_put(x, where)
 
 
 def _is_at_hand(x: Any) -> bool:
