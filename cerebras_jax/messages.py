@@ -48,7 +48,7 @@ def shortened(text: str, most: int = 600) -> str:
 
 
 def with_few_digits(value: Any) -> Any:
-    """A number, or a tuple of some, for a reader: what a float32 holds in as few digits as it takes.
+    """Numbers for a reader: what a float32 holds in as few digits as it takes.
 
     >>> with_few_digits((float(np.float32(3e-4)), 3e-4, 1 / 3, None))
     (0.0003, 0.0003, 0.3333333333333333, None)
