@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _PACKAGE = f"{Path(__file__).parent}/"
 
 
@@ -43,6 +45,20 @@ def shortened(text: str, most: int = 600) -> str:
         return text
     half = (most - 5) // 2
     return f"{text[:half]} ... {text[-half:]}"
+
+
+def with_few_digits(value: Any) -> Any:
+    """Numbers for a reader: what a float32 holds in as few digits as it takes.
+
+    >>> with_few_digits((float(np.float32(3e-4)), 3e-4, 1 / 3, None))
+    (0.0003, 0.0003, 0.3333333333333333, None)
+    """
+    if isinstance(value, tuple | list):
+        return tuple(map(with_few_digits, value))
+    if not isinstance(value, float) or not np.isfinite(value) or abs(value) > 3e38:
+        return value
+    narrow = np.float32(value)
+    return float(str(narrow)) if narrow == value else value
 
 
 def import_extra(module: str, extra: str) -> Any:

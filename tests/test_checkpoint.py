@@ -305,13 +305,14 @@ def test_objects_of_all_kinds(tmp_path):
 
 def test_what_is_one_array_is_stored_once(tmp_path):
     model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
-    cjax.save(tmp_path / "x", model=model, opt=optim.SGD(model, lr=0.1))
+    cjax.save(tmp_path / "x", model=model, opt=optim.SGD(model, lr=jnp.float32(0.1)))
     contents = cjax.inspect(tmp_path / "x")
+    assert "lr=0.1," in str(contents)
     assert contents.nbytes > 2 * 64 * 64 * 4
     size = sum(f.stat().st_size for f in (tmp_path / "x").rglob("*") if f.is_file())
     assert size < 2 * 64 * 64 * 4
     other = nnx.Linear(64, 64, rngs=nnx.Rngs(1))
-    opt = optim.SGD(other, lr=0.1)
+    opt = optim.SGD(other, lr=jnp.float32(0.1))
     cjax.restore(tmp_path / "x", model=other, opt=opt)
     assert same(nnx.state(other), nnx.state(model))
 

@@ -452,9 +452,11 @@ def test_an_optimizer_is_a_pytree(entry):
 
 def test_repr():
     opt = optim.AdamW(PARAMS, lr=0.25)
+    opt.param_groups[0]["weight_decay"] = jnp.float32(3e-4)
     text = repr(opt)
     assert text.startswith("AdamW (")
     assert "lr: 0.25" in text
+    assert "weight_decay: 0.0003\n" in text
     assert "3 arrays, 9 elements" in text
     assert text.splitlines()[-2].startswith("    params")  # no setting is shown that is a default
 

@@ -212,7 +212,10 @@ def test_the_plan_reads_the_header_of_a_safetensors_file(tmp_path):
     }
     text = json.dumps(header).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)  # no data at all
-    for path in (tmp_path / "x.safetensors", tmp_path):
+    upper = tmp_path / "upper" / "X.SAFETENSORS"
+    upper.parent.mkdir()
+    upper.write_bytes((tmp_path / "x.safetensors").read_bytes())
+    for path in (tmp_path / "x.safetensors", tmp_path, upper):
         result = invoke(tmp_path, "plan", "--devices", 4, "--parameters", path)
         assert units(rows(result))["parameters"] == 12 * 1024
     (tmp_path / "y.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes())

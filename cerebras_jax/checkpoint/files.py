@@ -19,6 +19,7 @@ from cerebras_jax.checkpoint.reading import (
     target_of,
 )
 from cerebras_jax.checkpoint.writing import packed
+from cerebras_jax.messages import with_few_digits
 
 CHECKPOINTS = "checkpoints"
 """The folder of a run that its checkpoints are in."""
@@ -159,7 +160,9 @@ class Contents:
                 title = "/".join(p for p in (name, path) if p)
                 lines.append(f"{title}: {about.get('rule') or about.get('class') or 'arrays'}")
                 for group in about.get("groups", ()):
-                    values = ", ".join(f"{k}={_plain(v)}" for k, v in group["values"].items())
+                    values = ", ".join(
+                        f"{k}={with_few_digits(_plain(v))}" for k, v in group["values"].items()
+                    )
                     lines.append(f"  {len(group['params'])} parameters: {values}")
         for path, x in self.arrays.items():
             lines.append(f"  {path}: {x.dtype}{list(x.shape)} {self.fingerprints.get(path, '')}")

@@ -130,7 +130,7 @@ def detect(path: str | Path) -> str:
 
 def format_of_name(path: str | Path) -> str:
     """The format that a file's ending stands for; a folder is Hugging Face's."""
-    suffix = "" if Path(path).is_dir() else Path(path).suffix
+    suffix = "" if Path(path).is_dir() else Path(path).suffix.lower()
     for name, form in FORMATS.items():
         if suffix in form.suffixes or (suffix[1:].isdigit() and name == "huggingface"):
             return name

@@ -8,6 +8,7 @@ import jax
 
 from cerebras_jax.engine.hyper import normalize
 from cerebras_jax.formats.state_dict import plain_value
+from cerebras_jax.messages import with_few_digits
 from cerebras_jax.optim.guarding import SETTINGS
 from cerebras_jax.optim.owner import Owner
 
@@ -24,7 +25,7 @@ def as_text(optimizer: Owner) -> str:
     for i, group in enumerate(optimizer.param_groups):
         total = sum(sizes[n] for n in group["params"])
         lines.append(f"Parameter Group {i}")
-        lines += [f"    {k}: {plain_value(v)}" for k, v in sorted(_values_of(group).items())]
+        lines += [f"    {k}: {_as_shown(v)}" for k, v in sorted(_values_of(group).items())]
         lines.append(f"    params: {len(group['params'])} arrays, {total:,} elements")
     lines += _settings_of(optimizer)
     if optimizer.copied:
@@ -42,7 +43,7 @@ def as_html(optimizer: Owner, state: Any) -> str:
     for group in groups:
         size = sum(values[n].size for n in group["params"])
         cells = [len(group["params"]), f"{size:,}"]
-        cells += [plain_value(group.get(k, "")) for k in keys]
+        cells += [_as_shown(group.get(k, "")) for k in keys]
         rows.append("".join(f"<td>{html.escape(str(c))}</td>" for c in cells))
     total = sum(x.nbytes for x in jax.tree.leaves(state))
     body = "".join(f"<tr><td>{i}</td>{row}</tr>" for i, row in enumerate(rows))
@@ -59,10 +60,14 @@ def _settings_of(optimizer: Owner) -> list[str]:
     """What the whole optimizer does, beside its groups, where that is not the default."""
     values = {name: getattr(optimizer, name, None) for name in _SHOWN}
     return [
-        f"{name}: {plain_value(value) if hasattr(value, 'shape') else value}"
+        f"{name}: {_as_shown(value) if hasattr(value, 'shape') else value}"
         for name, value in values.items()
         if not _is_default(value)
     ]
+
+
+def _as_shown(value: Any) -> Any:
+    return with_few_digits(plain_value(value))
 
 
 def _is_default(value: Any) -> bool:

@@ -140,7 +140,7 @@ def read_parameters(path: Path) -> Shapes:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     found: dict[str, Any] = {}
     for file in files:
-        is_header = file.suffix == ".safetensors"
+        is_header = file.suffix.lower() == ".safetensors"
         more = read_shapes(file) if is_header else _read_json(file)
         if twice := sorted(found.keys() & more.keys()):
             raise ValueError(f"{file}: {shown(twice[0])} is in another file of {path} too")
