@@ -72,9 +72,7 @@ def update(
     if every_form:
         field.append(contenders.traced(spec, params, grads))
     if tree == "1000 leaves" and optimizer in ("adamw", "sgd"):
-        packed = optim.packed(spec.pure())
-        field.append(contenders.jitted("pure packed", packed, params, grads))
-        field.append(contenders.class_form(spec, params, grads, "class packed", pack=True))
+        field += _packed(spec, params, grads)
     if spec.optax is not None:
         field.append(contenders.jitted("optax", spec.optax(), params, grads))
         if every_form:
@@ -100,6 +98,13 @@ def update(
         yield row
 
 
+def _packed(spec: contenders.Spec, params: Any, grads: Any) -> list[Contender]:
+    return [
+        contenders.jitted("pure packed", optim.packed(spec.pure()), params, grads),
+        contenders.class_form(spec, params, grads, "class packed", pack=True),
+    ]
+
+
 def dispatch(n: int, budget_s: float) -> Iterator[Row]:
     """A step of n leaves of one element."""
     spec = contenders.SPECS["adamw"]
@@ -111,6 +116,7 @@ def dispatch(n: int, budget_s: float) -> Iterator[Row]:
         contenders.class_form(spec, params, grads),
         contenders.traced(spec, params, grads),
         contenders.jitted("optax", spec.optax(), params, grads),
+        *_packed(spec, params, grads),
     ]
     if n <= 1000:  # nnx.jit takes minutes to compile more
         field.append(contenders.nnx_optimizer(spec.optax(), params, grads))
@@ -123,7 +129,8 @@ def compile_time(name: str, shapes: Any, rounds: int) -> Iterator[Row]:
     spec = contenders.SPECS["adamw"]
     assert spec.optax is not None
     params = trees.abstract(shapes)
-    forms = {"pure": spec.pure(), "optax": spec.optax()}
+    pure = spec.pure()
+    forms = {"pure": pure, "pure packed": optim.packed(pure), "optax": spec.optax()}
     phases = ("trace", "lower", "compile", "total")
     seconds: dict[str, dict[str, Samples]] = {p: {f: {} for f in forms} for p in phases}
     for i in range(rounds):

@@ -97,13 +97,17 @@ def markdown(rows: Sequence[Row]) -> str:
         lines += _pivot(updates, contender, peer, "optimizer", "tree")
     for case, pairs in {
         "training step": [("trace (tree)", "jit + optax"), ("trace (module)", "jit + optax")],
-        "dispatch": [("class", "pure"), ("trace", "pure"), ("pure", "optax"), ("class", "nnx")],
+        "dispatch": [
+            *(("class", "pure"), ("trace", "pure"), ("pure", "optax"), ("class", "nnx")),
+            *(("pure packed", "optax"), ("class packed", "optax")),
+        ],
     }.items():
         for contender, peer in pairs:
             chosen = [r for r in rows if r["case"] == case]
             lines += _pivot(chosen, contender, peer, "case", "tree")
     phases = [r for r in rows if r["case"] in ("trace", "lower", "compile", "total")]
-    lines += _pivot(phases, "pure", "optax", "case", "tree")
+    for form in ("pure", "pure packed"):
+        lines += _pivot(phases, form, "optax", "case", "tree")
     extra = [r for r in rows if r["case"] == "memory"]
     if extra:
         lines += ["| bytes per parameter above the minimum | first step | later steps |"]
