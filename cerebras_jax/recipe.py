@@ -42,6 +42,7 @@ from cerebras_jax.transforms.clipping import clip
 from cerebras_jax.transforms.finite import guard
 from cerebras_jax.transforms.grouped import grouped
 from cerebras_jax.transforms.loss_scale import GradScaler, LossScaling
+from cerebras_jax.transforms.packed import below_which, packed
 from cerebras_jax.transforms.spikes import SkipSpikes
 from cerebras_jax.yaml_config import read_config
 
@@ -111,7 +112,9 @@ class Recipe:
         groups = self.param_groups(params)
         drivers(self.schedulers, groups)
         given = {"zero_axis": zero_axis, "state_memory": state_memory, "pack": pack}
-        how: dict[str, Any] = {k: v for k, v in given.items() if v is not None and v is not False}
+        how: dict[str, Any] = {
+            k: v for k, v in given.items() if v is not (False if k == "pack" else None)
+        }
         opt = self.optimizer_class(groups, **self.optimizer_values, **how)
         for name in SETTINGS:
             value = getattr(self, name, None)
@@ -123,7 +126,9 @@ class Recipe:
             opt.apply(self.sparsity)
         return opt, [config.attach(opt) for config in self.schedulers]
 
-    def transformation(self, params: Any) -> optax.GradientTransformationExtraArgs:
+    def transformation(
+        self, params: Any, *, pack: bool | int = False
+    ) -> optax.GradientTransformationExtraArgs:
         """The pure form: an optax chain of the optimizer, which clips and skips, with groups.
 
         Its ``update`` takes ``loss`` and ``loss_scale``; see `optim.guard`. With a sparsity, prune
@@ -131,14 +136,18 @@ class Recipe:
 
         Args:
           params: the parameters, as an example of their names: a pytree or nnx.Module.
+          pack: the size below which the parameters of a group are packed; see `optim.packed`.
 
         Raises:
-          TypeError: if the optimizer, or a scheduler of a user's own, has no pure form.
+          TypeError: if the optimizer, or a scheduler of a user's own, has no pure form; or if it
+            cannot be packed.
           ValueError: as `optimizer`; from ``init`` and ``update``, for a tree with other names.
         """
         groups = self.param_groups(params)
         pure = _pure_form(self.optimizer_class)
         parts = [self._made(pure, values) for values in self._values_of(groups)]
+        if below := below_which(pack):
+            parts = [packed(part, below) for part in parts]
         update = grouped(parts, [group["params"] for group in groups])
         if self.sparsity is not None:
             states = getattr(self.optimizer_class, "states_to_sparsify", ()) or None

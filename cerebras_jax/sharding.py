@@ -131,8 +131,16 @@ def init(
     >>> tuple(init(optax.adam(1e-3), params, zero_axis="data")[0].nu["w"].sharding.spec)
     ('data',)
     """
-    _, shardings = state(tx, params, zero_axis=zero_axis, state_memory=state_memory)
-    return jax.jit(tx.init, out_shardings=shardings)(params)
+    shapes, shardings = state(tx, params, zero_axis=zero_axis, state_memory=state_memory)
+    if jax.tree.structure(shapes) == jax.tree.structure(jax.eval_shape(tx.init, params)):
+        return jax.jit(tx.init, out_shardings=shardings)(params)
+    # A pair that looks at how parameters are split, such as `optim.packed`: types have to tell.
+    mesh = _one_mesh(params, takes_device=False)
+    specs = jax.tree.map(lambda x: as_array(x).sharding.spec, params)
+    seeing = jax.sharding.explicit_axes(tx.init, axes=mesh.axis_names, in_sharding=(specs,))
+    assert isinstance(mesh, Mesh)  # arrays lie on it
+    with jax.set_mesh(mesh):
+        return jax.jit(seeing, out_shardings=shardings)(params)
 
 
 def split_late(state: Any, params: Any, zero_axis: str) -> Any:

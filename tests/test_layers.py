@@ -26,6 +26,7 @@ FLOORS = [
     {"rule"},
     {"transforms", "transforms.branch", "transforms.clipping", "transforms.loss_scale"},
     {"transforms.agc", "transforms.averages", "transforms.cautious", "transforms.grouped"},
+    {"transforms.parts"},
     {"transforms.packed"},
     {"transforms.norms", "transforms.spikes"},
     {"transforms.accumulate", "transforms.every", "transforms.finite"},

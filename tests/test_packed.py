@@ -107,6 +107,100 @@ def test_pairs_of_others_have_to_be_vouched_for():
     close((u, optim.unpacked(state, params)), (v, plain_state))
 
 
+def test_pairs_of_others_are_saved_by_the_names_of_parameters(tmp_path):
+    params, pair = values(0), optax.chain(optax.adam(0.1), optim.lion(lr=0.1))
+    small, plain = optim.packed(pair, BELOW, elementwise=True), pair
+    _, state = small.update(params, small.init(params), params)
+    cjax.save(str(tmp_path / "x"), state=state)
+    loaded = cjax.restore(str(tmp_path / "x"), state=plain.init(params))["state"]
+    close(loaded, optim.unpacked(state, params))
+    cjax.save(str(tmp_path / "y"), state=loaded)
+    assert bits(cjax.restore(str(tmp_path / "y"), state=small.init(params))["state"]) == bits(state)
+    other = {"z": jnp.ones(40), "of": jnp.ones(10), "the same size": jnp.ones(6)}
+    with pytest.raises(cjax.CheckpointError, match="the same size"):
+        cjax.restore(str(tmp_path / "x"), state=small.init(other))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda p: {**p, "a": p["a"][:1], "b": p["b"]}, ValueError, r"'a' of shape \(2, 3\), got"),
+        (lambda p: {**p, "a": p["a"].astype(jnp.bfloat16)}, ValueError, "one dtype: {'a'.*'b.c'"),
+        (lambda p: {"a": p["a"]}, ValueError, r"these differ: \['b.c'"),
+    ],
+)
+def test_parameters_that_a_state_was_not_made_for(change, error, words):
+    tx, params = optim.packed(optim.sgd(lr=0.1, momentum=0.9), BELOW), values(0)
+    state, other = tx.init(params), change(params)
+    with pytest.raises(error, match=words):
+        tx.update(other, state, other)
+
+
+def test_what_is_no_pair_no_state_or_no_name():
+    params, tx = values(0), optim.packed(optim.lion())
+    with pytest.raises(TypeError, match="optax pair, such as .* got function"):
+        optim.packed(optim.lion)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="one of `packed`, got RuleState"):
+        tx.update(params, optim.lion().init(params), params)
+    with pytest.raises(TypeError, match="list of names, got 'b.c'"):
+        optim.packed(optim.lion(), apart="b.c")
+    with pytest.raises(ValueError, match=r"no parameters \['b.typo'\]"):
+        optim.packed(optim.lion(), apart=["b.typo"]).init(params)
+    with pytest.raises(ValueError, match=r"'z'\], which params has not"):
+        optim.unpacked(tx.init(params), {"a": 0, "b": {"c": 0, "d": 0}})
+
+
+def test_batched_states_and_averages():
+    params, tx = values(0), optim.packed(optim.adamw_schedule_free(lr=0.1), BELOW)
+    many = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params)
+    states = jax.vmap(tx.init)(many)
+    shown = optim.unpacked(states, params)
+    assert shown.states.z["a"].shape == (2, 2, 3)
+    np.testing.assert_array_equal(shown.states.z["b"]["c"], many["b"]["c"])
+    close(optim.eval_params(tx.init(params), params), params)
+
+
+def test_init_sees_how_parameters_are_split(compilations):
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+        params = {
+            name: jax.device_put(jnp.ones(8), jax.NamedSharding(mesh, spec))
+            for name, spec in {"a": jax.P(), "b": jax.P(), "split": jax.P("data")}.items()
+        }
+        tx = optax.chain(optax.clip(1.0), optim.packed(optim.adamw()))
+        state: Any = cjax.sharding.init(tx, params)
+        assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+        kept = state[1].inner.states.exp_avg
+        assert {k: x.sharding.spec for k, x in kept.items()} == {
+            "packed float32": jax.P(),
+            "split": jax.P("data"),
+        }
+        assert all(x.sharding.mesh.axis_types == (kind,) for x in kept.values())
+
+
+def test_reading_states_compiles_nothing(compilations):
+    opt = optim.AdamW({f"w{i}": jnp.ones(3 + i) for i in range(20)}, lr=0.1, pack=True)
+    opt.state_dict()
+    for name, p in opt.named_parameters():
+        assert opt.state[name]["exp_avg"].shape == p.shape
+    other = optim.AdamW({f"w{i}": jnp.ones(31 + i) for i in range(20)}, lr=0.1, pack=True)
+    with compilations(0):
+        other.state_dict()
+        [other.state[name]["exp_avg"] for name, _ in other.named_parameters()]
+
+
+def test_recipes_are_packed_in_both_forms():
+    recipe = cjax.load_recipe({"optimizer": {"optimizer_type": "AdamW", "learning_rate": 0.01}})
+    params = values(0)
+    opt, _ = recipe.optimizer(params, pack=BELOW)
+    tx = recipe.transformation(params, pack=BELOW)
+    updates, _ = tx.update(params, tx.init(params), params)
+    opt.step(params)
+    close(opt.params, optax.apply_updates(params, updates))
+    with pytest.raises(TypeError, match="got None"):
+        recipe.optimizer(params, pack=None)  # pyright: ignore[reportArgumentType]
+
+
 def test_overrides_schedules_and_chains():
     params, lr = values(0), lambda t: 0.1 / (1 + t)
     pairs = [
@@ -306,7 +400,7 @@ def test_scaled_losses_and_masks_that_move():
 
     plain, packed = train(False), train(BELOW)
     same(plain, packed)
-    np.testing.assert_array_equal(*(s.get_scale() for s in scaler.values()))
+    assert scaler[False].get_scale() == scaler[BELOW].get_scale()
 
 
 def test_states_on_many_devices_and_on_the_host():

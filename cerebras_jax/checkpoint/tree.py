@@ -1,6 +1,6 @@
 """Trees by name: the state of every rule in them in one layout, the rest by path."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,8 @@ from cerebras_jax.checkpoint.leaves import ANY, CheckpointError, Leaves, Place
 from cerebras_jax.engine.leaf import fields
 from cerebras_jax.engine.lift import RuleState
 from cerebras_jax.engine.trees import path_name
-from cerebras_jax.transforms.packed import PackedState, Part, part_of, with_parts
+from cerebras_jax.transforms.packed import PackedState, Packs
+from cerebras_jax.transforms.parts import Part, at_hand, part_of, with_parts
 
 
 class Clock(NamedTuple):
@@ -38,26 +39,60 @@ def places(tree: Any) -> list[Place | Clock | Vector]:
     Wherever a `RuleState` is nested, its states are at ``state/KEY/PARAMETER`` and its clocks at
     ``clock/KEY``, as those of the class form. Other leaves have the path in the tree.
     """
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_rule)
-    has_rules = any(_is_rule(node) for _, node in nodes)
+    nodes = list(_nodes(tree))
+    has_rules = any(isinstance(node, RuleState) for _, node, _ in nodes)
     found: list[Place | Clock | Vector] = []
-    for path, node in nodes:
-        if _is_rule(node):
+    for path, node, packs in nodes:
+        if isinstance(node, RuleState):
             i, taken = 0, _taken(found)
-            while taken & _taken(mine := _rule_places(node, f"{i or ''}")):
+            while taken & _taken(mine := _rule_places(node, packs, f"{i or ''}")):
                 i += 1
             found += mine
-        elif has_rules:  # parts of a training state, such as params
-            found.append(Place(path_name(path[:1]), path_name(path[1:])))
+            continue
+        # With rules, parts of a training state, such as params.
+        folder, rest = (path_name(path[:1]), path[1:]) if has_rules else ("", path)
+        if packs is not None and packs.is_joined(node):
+            found += _joined_places(node, packs, folder, path_name(rest))
         else:
-            found.append(Place("", path_name(path)))
+            found.append(Place(folder, path_name(rest)))
     return found
 
 
-def _is_rule(x: Any) -> bool:
-    return isinstance(x, RuleState) or (
-        isinstance(x, PackedState) and isinstance(x.inner, RuleState)
-    )
+def _nodes(tree: Any) -> Iterator[tuple[Any, Any, Packs | None]]:
+    """Rules, the dicts of packed parameters, and other leaves: path, node, and what is packed.
+
+    The paths are those without packing.
+    """
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_rule_or_packed):
+        if not isinstance(node, PackedState):
+            yield path, node, None
+            continue
+        packs = node.packs
+
+        def is_whole(x: Any, packs: Packs = packs) -> bool:
+            return isinstance(x, RuleState) or packs.is_joined(x)
+
+        for more, inner in jax.tree_util.tree_leaves_with_path(node.inner, is_leaf=is_whole):
+            yield (*path, *more), inner, packs
+
+
+def _is_rule_or_packed(x: Any) -> bool:
+    return isinstance(x, RuleState | PackedState)
+
+
+def _joined_places(tree: Any, packs: Packs, folder: str, above: str) -> Iterator[Place | Vector]:
+    """Those of the leaves of what a pair keeps for packed parameters."""
+    vectors = dict(packs.vectors)
+
+    def at(name: str) -> str:
+        return ".".join(filter(None, (above, name)))
+
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        key = path[0].key
+        if len(path) == 1 and key in vectors:
+            yield Vector(folder, tuple((at(name), part) for name, part in vectors[key]))
+        else:
+            yield Place(folder, at(path_name(path)))
 
 
 def _taken(found: Sequence[Place | Clock | Vector]) -> set[tuple[str, str]]:
@@ -70,10 +105,12 @@ def _names_at(place: Place | Clock | Vector) -> tuple[str, ...]:
     return place.names if isinstance(place, Clock) else (place.name,)
 
 
-def _rule_places(node: Any, number: str) -> list[Place | Clock | Vector]:
+def _rule_places(
+    state: RuleState, packs: Packs | None, number: str
+) -> list[Place | Clock | Vector]:
     """Those of the leaves of a rule's state, in their order."""
-    state, vectors = (node.inner, dict(node.packs.vectors)) if _is_packed(node) else (node, {})
-    rows = node.packs.rows() if _is_packed(node) else [[name] for name in _names(state)]
+    vectors = {} if packs is None else dict(packs.vectors)
+    rows = [[name] for name in _names(state)] if packs is None else packs.rows()
     of_names = [(name, row) for row, members in enumerate(rows) for name in members]
     names, row_of = zip(*of_names, strict=True) if of_names else ((), ())
 
@@ -89,10 +126,6 @@ def _rule_places(node: Any, number: str) -> list[Place | Clock | Vector]:
         paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
         found += [place(f"state{number}/{key}", path) for path in paths]
     return found
-
-
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, PackedState)
 
 
 def _names(state: RuleState) -> tuple[str, ...]:
@@ -115,17 +148,19 @@ def to_leaves(tree: Any) -> Leaves:
         if isinstance(place, Clock):
             clocks.setdefault(place.folder, {}).update(_numbers(place, leaf))
         elif isinstance(place, Vector):
-            values |= {at: _cut(leaf, part) for at, part in place.by_place().items()}
+            is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+            host = None if is_shape else at_hand(leaf)
+            values |= {at: _cut(leaf, part, host) for at, part in place.by_place().items()}
         else:
             values[place] = leaf
     return Leaves(values, clocks)
 
 
-def _cut(vector: Any, part: Part) -> Any:
+def _cut(vector: Any, part: Part, host: Any) -> Any:
     """A part of a vector; a shape of a shape."""
     if isinstance(vector, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(part.shape, vector.dtype)
-    return part_of(vector, part)
+        return jax.ShapeDtypeStruct((*vector.shape[:-1], *part.shape), vector.dtype)
+    return part_of(vector, part, host)
 
 
 def _numbers(place: Clock, clock: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from cerebras_jax.messages import shown, warn_caller
 from cerebras_jax.optim.guarding import Guard
 from cerebras_jax.sparse.masking import find_state, is_on, pack
 from cerebras_jax.transforms.grouped import GroupedState
-from cerebras_jax.transforms.packed import PackedState, Part, part_of, with_parts
+from cerebras_jax.transforms.packed import PackedState
+from cerebras_jax.transforms.parts import Part, at_hand, part_of, with_parts
 from cerebras_jax.types import Array
 
 LOW_BITS = "low_bits"  # the state of that name; see `rounding`
@@ -283,7 +284,7 @@ def named(leaves: Sequence[Array], catalogue: Catalogue) -> NamedState:
         for key, place in places.items():
             leaf, row = place.leaf, place.row
             if row is None:
-                states[name][key] = _whole(leaves, place)
+                states[name][key] = _whole(leaves, place, host)
                 continue
             if leaf not in host:
                 host[leaf] = np.asarray(leaves[leaf])
@@ -317,17 +318,19 @@ class StateView(Mapping[str, Mapping[str, Any]]):
 def _value(leaves: Sequence[Array], place: Place, host: dict[int, Any]) -> Any:
     leaf = leaves[place.leaf]
     if place.row is None:
-        return _whole(leaves, place)
+        return _whole(leaves, place, host)
     if place.leaf not in host:  # it will be read element by element
         host[place.leaf] = leaf if is_traced(leaf) or not is_whole(leaf) else np.asarray(leaf)
     entry = host[place.leaf][place.row]
     return _as_step(entry) if jnp.issubdtype(entry.dtype, jnp.integer) else entry
 
 
-def _whole(leaves: Sequence[Array], place: Place) -> Array:
+def _whole(leaves: Sequence[Array], place: Place, host: dict[int, Any]) -> Array:
     leaf = leaves[place.leaf]
     if place.part is not None:
-        return part_of(leaf, place.part)
+        if place.leaf not in host:
+            host[place.leaf] = at_hand(leaf)
+        return part_of(leaf, place.part, host[place.leaf])
     return is_on(leaf) if place.is_packed else leaf
 
 

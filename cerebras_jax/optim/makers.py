@@ -13,7 +13,7 @@ from cerebras_jax.engine.hyper import whole_arguments
 from cerebras_jax.engine.leaf import Rounding, StateDtype
 from cerebras_jax.engine.lift import lift
 from cerebras_jax.engine.rule import Rule
-from cerebras_jax.transforms.packed import packed
+from cerebras_jax.transforms.packed import joined, packed
 
 
 class How(NamedTuple):
@@ -51,7 +51,9 @@ class RuleMaker:
 
     def check_how(self, how: How, hyper: Mapping[str, Any]) -> None:
         """Refuses ways to keep arrays that there are not."""
-        self.pair(hyper, how, None, returns_params=False)
+        pair = self.pair(hyper, how._replace(pack=0), None, returns_params=False)
+        if how.pack:
+            packed(pair, how.pack)
 
     def live(self, hyper: Mapping[str, Any]) -> frozenset[str]:
         """Names of the arguments whose numbers may be traced."""
@@ -70,7 +72,7 @@ class RuleMaker:
             rounding=how.rounding,
             returns_params=returns_params,
         )
-        return packed(pair, how.pack, apart=how.apart) if how.pack else pair
+        return joined(pair, how.pack, how.apart) if how.pack else pair
 
     def owners(self, hyper: Mapping[str, Any], state: Any, names: Any) -> list[str | None]:
         """Whose the leaves of a state are."""

@@ -33,7 +33,8 @@ from cerebras_jax.stateful import DROPPED, OUTSIDE, locked
 from cerebras_jax.transforms.accumulate import Accumulation
 from cerebras_jax.transforms.finite import check_loss
 from cerebras_jax.transforms.loss_scale import GradScaler
-from cerebras_jax.transforms.packed import SMALL, check_below, is_spread
+from cerebras_jax.transforms.packed import below_which
+from cerebras_jax.transforms.parts import is_spread
 
 P = ParamSpec("P")
 
@@ -108,7 +109,7 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
         self.maker.check(arguments)
         if callable(around) or not all(callable(wrap) for wrap in around):
             raise TypeError(f"around must be a list of functions from pair to pair, got {around!r}")
-        self.pack = _size_below_which(pack)
+        self.pack = below_which(pack)
         self.maker.check_how(How(state_dtype, rounding, self.pack), arguments)
         self.around = tuple(around)
         self.state_dtype = state_dtype
@@ -403,14 +404,6 @@ class ShellOptimizer(SparseOptimizer, Generic[P]):
 
 
 # --- helpers -------------------------------------------------------------------------------------
-
-
-def _size_below_which(pack: Any) -> int:
-    """The number of elements from which on parameters are not packed; 0: none are."""
-    if isinstance(pack, bool):
-        return SMALL if pack else 0
-    check_below("pack", pack)
-    return int(pack)
 
 
 def _is_pending(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,33 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.lift import RuleState, why_whole
-from cerebras_jax.engine.memory import in_memory_of, on_device
-from cerebras_jax.engine.placement import in_place_of
 from cerebras_jax.engine.trees import align, as_array, check_distinct, check_grads, leaf_paths
-from cerebras_jax.types import Array, Params
+from cerebras_jax.transforms.parts import Part, cut, is_spread
+from cerebras_jax.types import Params
 
 SMALL = 4096
 """How many elements a parameter has at least that is not packed by default."""
-
-
-class Part(NamedTuple):
-    """Where a parameter lies in a vector.
-
-    Attributes:
-      start: its first element.
-      shape: its shape; elements are in row-major order.
-    """
-
-    start: int
-    shape: tuple[int, ...]
-
-    @property
-    def stop(self) -> int:
-        return self.start + math.prod(self.shape)
 
 
 @jax.tree_util.register_static
@@ -72,12 +53,22 @@ class Packs:
         """The names of the parameters that are packed."""
         return frozenset(name for _, parts in self.vectors for name, _ in parts)
 
+    def __reduce__(self) -> Any:
+        return Packs, (self.names, self.vectors)  # a hash is good for one process
+
+    @functools.cached_property
+    def _keys(self) -> frozenset[str]:
+        packed = self.packed
+        return frozenset({key for key, _ in self.vectors} | {*self.names} - packed)
+
+    def is_joined(self, x: Any) -> bool:
+        """Whether this is a dict as `join` makes them."""
+        return isinstance(x, dict) and x.keys() == self._keys
+
     def rows(self) -> list[list[str]]:
         """Per leaf of what the wrapped pair sees, in its order, whose it is."""
         of = dict(self.vectors)
-        packed = self.packed
-        keys = sorted([*of, *(name for name in self.names if name not in packed)])
-        return [[name for name, _ in of[key]] if key in of else [key] for key in keys]
+        return [[name for name, _ in of[key]] if key in of else [key] for key in sorted(self._keys)]
 
     def join(self, leaves: Mapping[str, Any], absent: Any = None) -> dict[str, Any]:
         """What the wrapped pair sees: a dict from names to leaves and vectors.
@@ -106,7 +97,7 @@ class Packs:
             if is_traced(vector):
                 starts = _known_late(starts)
             for (name, part), start in zip(parts, starts, strict=True):
-                result[name] = None if vector is None else _part(vector, start, part.shape)
+                result[name] = None if vector is None else cut(vector, start, part.shape)
         return {name: result[name] for name in self.names}
 
 
@@ -138,9 +129,10 @@ def packed(
     of the time; with few it gains nothing, and with large ones it loses. `unpacked`
     shows the state as it would be without.
 
-    Packed are parameters of fewer than ``below`` elements, if two or more of one dtype are, and
-    as far as ``init`` can see none is split over devices. They share a step count, so
-    in a step all of a dtype have a gradient, or none has.
+    Packed are parameters of fewer than ``below`` elements, if two or more of one dtype are, but
+    those that are split over devices. In `jax.jit`, ``init`` sees how they are split only on a mesh
+    with explicit axes: call it outside, or use `sharding.init`. Parameters of a vector share
+    a step count, so in a step all of them have a gradient, or none has.
 
     Args:
       tx: the pair: `optim.adamw` and others of our own that are elementwise; wrappers that look at
@@ -152,7 +144,9 @@ def packed(
 
     Raises:
       TypeError: if the pair is not known to be elementwise, with its name.
-      ValueError: from ``update``, if one parameter of several in a vector has no gradient.
+      ValueError: from ``init``, if there is no parameter with a name in ``apart``. From ``update``,
+        if the parameters have other names or shapes than those that the state was made for, if
+        those of one vector have different dtypes, or if one of several has no gradient.
 
     >>> from cerebras_jax import optim
     >>> params = {"w": jnp.ones((2, 2)), "b": jnp.zeros(2)}
@@ -164,8 +158,28 @@ def packed(
     >>> state.inner.states.momentum_buffer
     {'packed float32': Array([0., 0., 1., 1., 1., 1.], dtype=float32)}
     """
-    check_below("below", below)
+    _check_below("below", below)
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"packed takes an optax pair, such as optim.adamw(lr=1e-3), got {type(tx).__name__}"
+        )
+    if isinstance(apart, str):
+        raise TypeError(f"apart must be a list of names, got {apart!r}")
     _check_elementwise(tx, elementwise)
+    pair = joined(tx, below, apart)
+
+    def init(params: Params) -> Any:
+        if unknown := sorted({*apart} - {*leaf_paths(params)}):
+            raise ValueError(f"apart: there are no parameters {unknown[:5]}")
+        return pair.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, pair.update)  # pyright: ignore
+
+
+def joined(
+    tx: optax.GradientTransformation, below: int, apart: Collection[str]
+) -> optax.GradientTransformationExtraArgs:
+    """`packed` of what is known to be elementwise, for some of the parameters."""
     inner = optax.with_extra_args_support(tx)
     apart = frozenset(apart)
 
@@ -181,12 +195,15 @@ def packed(
     ) -> tuple[Any, PackedState]:
         if params is None:
             raise ValueError("update needs the parameters: call update(grads, state, params)")
+        if not isinstance(state, PackedState):
+            raise TypeError(f"the state must be one of `packed`, got {type(state).__name__}")
         packs, names = state.packs, leaf_paths(params)
         p_leaves, treedef = jax.tree.flatten(params)
         if tuple(names) != packs.names:
             unlike = sorted(set(names) ^ set(packs.names))
             raise ValueError(f"the state was made for other parameters, these differ: {unlike[:5]}")
         p_leaves = [as_array(p) for p in p_leaves]
+        _check_fit(packs, dict(zip(names, p_leaves, strict=True)))
         g_leaves = align(treedef, grads, "the gradients", lambda: names)
         check_grads(g_leaves, p_leaves, lambda: names)
         g_leaves = [None if g is None else as_array(g) for g in g_leaves]
@@ -207,6 +224,9 @@ def unpacked(state: Any, params: Params) -> Any:
       state: of any optax transformation.
       params: the parameters, or anything in their structure.
 
+    Raises:
+      ValueError: if the state has a parameter that ``params`` has not.
+
     >>> from cerebras_jax import optim
     >>> params = {"w": jnp.ones((2, 2)), "b": jnp.zeros(2)}
     >>> unpacked(packed(optim.lion(lr=0.5)).init(params), params).states.exp_avg
@@ -219,12 +239,13 @@ def unpacked(state: Any, params: Params) -> Any:
         if not isinstance(node, PackedState):
             return node
         packs = node.packs
-        keys = set(packs.join(dict.fromkeys(packs.names)))
+        if unknown := sorted({*packs.names} - {*paths}):
+            raise ValueError(f"the state is of parameters {unknown[:5]}, which params has not")
         rows = {name: i for i, names in enumerate(packs.rows()) for name in names}
         order = np.array([rows[name] for name in packs.names], int)
 
         def is_joined(x: Any) -> bool:
-            return isinstance(x, RuleState) or (isinstance(x, dict) and x.keys() == keys)
+            return isinstance(x, RuleState) or packs.is_joined(x)
 
         def plain(x: Any) -> Any:
             if isinstance(x, RuleState):
@@ -243,68 +264,19 @@ def unpacked(state: Any, params: Params) -> Any:
     return jax.tree.map(visit, state, is_leaf=lambda x: isinstance(x, PackedState))
 
 
-def check_below(name: str, below: Any) -> None:
-    """Refuses what is no number of elements."""
+def below_which(pack: Any) -> int:
+    """The number of elements that ``pack=`` stands for; 0: no parameter is packed."""
+    if isinstance(pack, bool):
+        return SMALL if pack else 0
+    _check_below("pack", pack)
+    return int(pack)
+
+
+def _check_below(name: str, below: Any) -> None:
     if isinstance(below, bool) or not isinstance(below, int | np.integer):
         raise TypeError(f"{name} must be a number of elements, an integer, got {below!r}")
     if below < 1:
         raise ValueError(f"{name} must be a number of elements >= 1, got {below}")
-
-
-def is_spread(x: Any) -> bool:
-    """Whether an array is known to be split over devices."""
-    sharding = jax.typeof(x).sharding if is_traced(x) else getattr(x, "sharding", None)
-    return isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
-
-
-def part_of(vector: Any, part: Part) -> Array:
-    """A parameter's part of a vector, as an array of its own, on the device and not split."""
-    return _cut(_gathered(vector), np.int32(part.start), part.shape)
-
-
-def with_parts(vector: Any, values: Mapping[Part, Any]) -> Any:
-    """A vector with other values in these parts; where it lies."""
-    arrays = [vector, *values.values()]
-    if any(is_traced(x) or not _is_at_hand(x) for x in arrays):
-        result = _gathered(vector)
-        for part, value in values.items():
-            new = jnp.asarray(value).astype(vector.dtype)
-            result = _with_part(result, new, np.int32(part.start))
-        if is_spread(vector):
-            result = _laid(result, vector)
-        return in_memory_of(vector, result)
-    host = np.array(vector)
-    for part, value in values.items():
-        host[part.start : part.stop] = np.asarray(value).ravel()
-    return in_place_of(vector, host)
-
-
-def _gathered(vector: Any) -> Any:
-    """The vector whole on every device: parts need not end where those of the devices do."""
-    vector = on_device(vector)
-    return _laid(vector, vector, PartitionSpec()) if is_spread(vector) else vector
-
-
-def _laid(x: Any, like: Any, spec: PartitionSpec | None = None) -> Any:
-    """An array split as another, or so on its mesh."""
-    where = (jax.typeof(like) if is_traced(like) else like).sharding
-    where = NamedSharding(where.mesh, where.spec if spec is None else spec)
-    return jax.sharding.reshard(x, where) if is_traced(x) else jax.device_put(x, where)
-
-
-def _is_at_hand(x: Any) -> bool:
-    """Whether this process has all of an array."""
-    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _cut(vector: Array, start: Any, shape: tuple[int, ...]) -> Array:
-    return _part(vector, start, shape)
-
-
-@jax.jit
-def _with_part(vector: Array, value: Array, start: Any) -> Array:
-    return jax.lax.dynamic_update_slice(vector, value.ravel(), (start,))
 
 
 # --- helpers --------------------------------------------------------------------------------------
@@ -343,6 +315,21 @@ def _vectors(
         yield key, tuple(parts)
 
 
+def _check_fit(packs: Packs, params: Mapping[str, Any]) -> None:
+    for _, parts in packs.vectors:
+        dtypes = {}
+        for name, part in parts:
+            p = params[name]
+            if p.shape != part.shape:
+                raise ValueError(
+                    f"the state was made for {name!r} of shape {part.shape}, got {p.shape}"
+                )
+            dtypes.setdefault(p.dtype, name)
+        if len(dtypes) > 1:
+            unlike = {name: str(dtype) for dtype, name in dtypes.items()}
+            raise ValueError(f"parameters that are packed together must have one dtype: {unlike}")
+
+
 def _check_present(packs: Packs, grads: Mapping[str, Any]) -> None:
     for _, parts in packs.vectors:
         absent = [name for name, _ in parts if grads[name] is None]
@@ -358,10 +345,6 @@ def _joined(leaves: Sequence[Any]) -> Any:
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         return jax.ShapeDtypeStruct((sum(x.size for x in leaves),), leaves[0].dtype)
     return jnp.concatenate([x.ravel() for x in leaves])
-
-
-def _part(vector: Array, start: Any, shape: tuple[int, ...]) -> Array:
-    return jax.lax.dynamic_slice(vector, (start,), (math.prod(shape),)).reshape(shape)
 
 
 def _known_late(starts: Sequence[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from cerebras_jax.engine.memory import on_device
 from cerebras_jax.optim.classes import Optimizer
 from cerebras_jax.rule import Rule, RuleState, add_weight_decay, bias_correction, per_parameter
 from cerebras_jax.transforms.averages import parameter_tree
+from cerebras_jax.transforms.packed import unpacked
 from cerebras_jax.types import Array, Number, Params
 
 
@@ -147,7 +148,7 @@ def eval_params(state: Any, params: Params) -> Params:
     >>> params, eval_params(state, params)  # z was at 0.5 and is at 0
     (Array([0.125], dtype=float32), Array([0.25], dtype=float32))
     """
-    parts = jax.tree.leaves(state, is_leaf=_is_schedule_free)
+    parts = jax.tree.leaves(unpacked(state, params), is_leaf=_is_schedule_free)
     found = [x for x in parts if _is_schedule_free(x)]
     if len(found) != 1:
         raise ValueError(f"eval_params needs one state of adamw_schedule_free, found {len(found)}")
