@@ -51,8 +51,11 @@ def test_chain(entry):
     chex.assert_trees_all_close(got, plain(entry), rtol=2e-6)
 
 
-@every
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("entry", "dtype"),
+    [(e, jnp.float32) for e in OPTIMIZERS] + [(e, jnp.bfloat16) for e in one_each(1)],
+    ids=str,
+)
 def test_inject_hyperparams(entry, dtype):
     params, grads = jax.tree.map(lambda x: x.astype(dtype), (PARAMS, GRADS))
     whole = whole_arguments(entry.pure.rule)  # static, like flags
