@@ -81,3 +81,14 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "at_hand", lambda: jax.devices()[:1])
         yield
+
+
+@pytest.fixture
+def no_pictures():
+    """The training command without its picture and its sample, which take seconds."""
+    from cerebras_jax.train import gpt, report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw", lambda *args: None)
+        patch.setattr(gpt, "generate", lambda *args: b"")
+        yield
