@@ -6,15 +6,14 @@ from compiled import OLDER_EMITTER
 
 # XLA's older emitter of loops compiles these small programs in half the time, with the same passes
 # over the program and the same optimization of its loops. jaxlib 0.10 has it; later ones abort on
-# a flag that they do not know. LLVM at level 1 still contracts products and sums into FMAs, as at
-# its usual level 3, which tests of bits rely on; level 0 does not. The caller's flags win: a run
-# with all defaults is
+# a flag that they do not know, and LLVM's level costs little beside their other emitter. At level 1
+# LLVM contracts products and sums into FMAs as at its usual level 3, which tests of bits are about;
+# at level 0 it does not. The caller's flags win: a run with all defaults is
 # ``XLA_FLAGS="--xla_cpu_use_fusion_emitters=true --xla_backend_optimization_level=3" pytest``.
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        f"--{OLDER_EMITTER}=false" if OLDER_EMITTER else "",
+        f"--{OLDER_EMITTER}=false --xla_backend_optimization_level=1" if OLDER_EMITTER else "",
         "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_backend_optimization_level=1",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
     ]
