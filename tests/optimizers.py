@@ -55,3 +55,11 @@ OPTIMIZERS = [
     Entry("soap", {"lr": 0.3, "eps": 1.0, "precondition_frequency": 2}),
     Entry("adam_base", {"lr": 0.1, "weight_decay": 0.1, "l2_regularization_rate": 0.01}),
 ]
+
+
+def one_each(turn: int) -> list[Entry]:
+    """One setting of each optimizer: laws about what is around it take turns with the settings."""
+    settings: dict[str, list[Entry]] = {}
+    for entry in OPTIMIZERS:
+        settings.setdefault(entry.name, []).append(entry)
+    return [entries[turn % len(entries)] for entries in settings.values()]

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from compiled import as_shipped
-from optimizers import OPTIMIZERS
+from optimizers import OPTIMIZERS, one_each
 
 from cerebras_jax import optim, schedules
 from cerebras_jax.transforms.finite import (
@@ -35,6 +35,7 @@ NAN, INF, HUGE = ({**GOOD[0], "a": GOOD[0]["a"].at[0, 1].set(x)} for x in (jnp.n
 WITH_BAD = [NAN, GOOD[0], INF, HUGE, GOOD[1], GOOD[2], NAN, GOOD[3]]
 
 every = pytest.mark.parametrize("entry", OPTIMIZERS, ids=repr)
+one = pytest.mark.parametrize("entry", one_each(0), ids=repr)
 
 
 def bits(tree):
@@ -77,7 +78,7 @@ def test_bad_batches_leave_no_trace(entry):
     assert (int(poisoned.num_skipped_steps), int(poisoned.skipped_in_a_row)) == (4, 0)
 
 
-@every
+@one
 def test_eager_jit_and_scan_agree(entry):
     tx = guard(entry.pure(**entry.kwargs), max_norm=1.0, skip_nonfinite=True)
     step = stepper(tx)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from compiled import as_shipped
-from optimizers import OPTIMIZERS, Entry
+from optimizers import OPTIMIZERS, Entry, one_each
 
 from cerebras_jax import enable_multi_output_fusion
 from cerebras_jax.engine import xla_cpu as fusion
@@ -113,7 +113,7 @@ def report():
             lines = entry_computation(program(entry))
             found = [re.search(r"f32\[256,384\].* fusion\(", line) for line in lines]
             loops[f"{program.__name__} {entry}"] = sum(x is not None for x in found)
-    values = {repr(e): trajectory(e) for e in OPTIMIZERS}
+    values = {repr(e): trajectory(e) for e in one_each(1)}
     print(json.dumps([os.environ["XLA_FLAGS"], loops, values]))
 
 
@@ -145,7 +145,7 @@ def test_one_loop(program, entry, switched_on):
     assert loops[f"{program} {entry}"] == 1
 
 
-@pytest.mark.parametrize("entry", OPTIMIZERS, ids=repr)
+@pytest.mark.parametrize("entry", one_each(1), ids=repr)
 def test_the_same_numbers(entry, switched_on):
     _, _, values = switched_on
     np.testing.assert_allclose(values[repr(entry)], trajectory(entry), rtol=2e-6, atol=1e-7)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from optimizers import OPTIMIZERS
+from optimizers import OPTIMIZERS, one_each
 
 from cerebras_jax import optim, schedules
 from cerebras_jax.engine.hyper import whole_arguments
@@ -19,6 +19,8 @@ PARAMS = {"a": jnp.linspace(0.5, 1.0, 6).reshape(2, 3)}
 GRADS = jax.tree.map(lambda p: jnp.sin(3 * p), PARAMS)
 
 every = pytest.mark.parametrize("entry", OPTIMIZERS, ids=repr)
+one = pytest.mark.parametrize("entry", one_each(0), ids=repr)
+other = pytest.mark.parametrize("entry", one_each(1), ids=repr)
 
 
 def run(tx, steps=4, params=PARAMS, grads=GRADS):
@@ -33,18 +35,27 @@ def run(tx, steps=4, params=PARAMS, grads=GRADS):
     return params, state
 
 
-def plain(entry, **kwargs):
-    return run(entry.pure(**entry.kwargs), **kwargs)[0]
+PLAIN = {}
 
 
-@every
+def plain(entry):
+    """The run with nothing around it, once for all wrappers."""
+    if repr(entry) not in PLAIN:
+        PLAIN[repr(entry)] = run(entry.pure(**entry.kwargs))[0]
+    return PLAIN[repr(entry)]
+
+
+@one
 def test_chain(entry):
     got, _ = run(optax.chain(optax.clip_by_global_norm(1e6), entry.pure(**entry.kwargs)))
     chex.assert_trees_all_close(got, plain(entry), rtol=2e-6)
 
 
-@every
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("entry", "dtype"),
+    [(e, jnp.float32) for e in OPTIMIZERS] + [(e, jnp.bfloat16) for e in one_each(1)],
+    ids=str,
+)
 def test_inject_hyperparams(entry, dtype):
     params, grads = jax.tree.map(lambda x: x.astype(dtype), (PARAMS, GRADS))
     whole = whole_arguments(entry.pure.rule)  # static, like flags
@@ -81,7 +92,7 @@ def test_inject_hyperparams(entry, dtype):
         assert all(not np.any(u) for u in jax.tree.leaves(updates))
 
 
-@every
+@other
 def test_partition_and_masked(entry):
     tx = optax.multi_transform(
         {"ours": entry.pure(**entry.kwargs), "none": optax.set_to_zero()},
@@ -96,13 +107,13 @@ def test_partition_and_masked(entry):
     chex.assert_trees_all_close(got["a"], plain(entry)["a"], rtol=2e-6)
 
 
-@every
+@one
 def test_multi_steps(entry):
     got, _ = run(optax.MultiSteps(entry.pure(**entry.kwargs), 2), steps=8)
     chex.assert_trees_all_close(got, plain(entry), rtol=2e-6)
 
 
-@every
+@other
 def test_apply_if_finite(entry):
     tx = optax.apply_if_finite(entry.pure(**entry.kwargs), 5)
     state = tx.init(PARAMS)
@@ -113,7 +124,7 @@ def test_apply_if_finite(entry):
     chex.assert_trees_all_close(run(tx)[0], plain(entry), rtol=2e-6)
 
 
-@every
+@one
 def test_nnx_optimizer(entry):
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -136,7 +147,7 @@ def test_nnx_optimizer(entry):
     )
 
 
-@every
+@other
 def test_train_state(entry):
     ts = TrainState.create(apply_fn=lambda: None, params=PARAMS, tx=entry.pure(**entry.kwargs))
     for _ in range(4):

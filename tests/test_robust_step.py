@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from optimizers import OPTIMIZERS
+from optimizers import OPTIMIZERS, one_each
 
 import cerebras_jax as cjax
 from cerebras_jax import optim
@@ -44,7 +44,7 @@ def step(opt, sched, g):
     sched.step()
 
 
-@ENTRIES
+@pytest.mark.parametrize("entry", one_each(1), ids=repr)
 def test_a_run_with_bad_batches_is_the_run_without_them(entry):
     def run(step, batches):
         opt = entry.cls(tree(), **entry.kwargs)
@@ -67,7 +67,7 @@ def test_exact_rounding_is_the_float32_run(entry):
     def run(params, **kwargs):
         tx = entry.pure(**entry.kwargs, **kwargs)
         state = tx.init(params)
-        for g in GRADS:
+        for g in GRADS[:2]:
             updates, state = tx.update(g, state, params)
             params = optax.apply_updates(params, updates)
         return params, state

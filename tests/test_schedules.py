@@ -74,9 +74,8 @@ def test_golden_values_in_every_form(case):
     for form, values in forms.items():
         np.testing.assert_allclose(values, expected, rtol=0, atol=tolerance, err_msg=form)
     with jax.enable_x64(True):
-        np.testing.assert_allclose(
-            schedule(jnp.arange(steps)), expected, rtol=0, atol=tolerance, err_msg="x64"
-        )
+        wide = jax.jit(schedule)(jnp.arange(steps))
+        np.testing.assert_allclose(wide, expected, rtol=0, atol=tolerance, err_msg="x64")
 
 
 @golden

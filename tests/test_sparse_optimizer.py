@@ -32,7 +32,9 @@ def plain_step(opt, grads):
 
 
 GOLDEN = [c for c in CASES if not c.random_growth and not c.only_counts]
-RUNS = [(c, step) for c in GOLDEN for step in (plain_step, traced_step)]
+# Traced, one case of each algorithm, optimizer and model: a trace carries what a step does.
+TRACED = {(c.algorithm, c.optimizer, c.model, len(c.groups or [])): c for c in GOLDEN}
+RUNS = [(c, plain_step) for c in GOLDEN] + [(c, traced_step) for c in TRACED.values()]
 
 
 @pytest.mark.parametrize(

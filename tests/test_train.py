@@ -105,6 +105,7 @@ def test_a_run(tmp_path, text):
         np.testing.assert_array_equal(value, weights[name])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_sparse_run(tmp_path, text):
     section = {"sparsity": 0.75, "param_filter": "*kernel"}
     result, out = invoke(tmp_path, {**short(), "sparsity": section}, "--data", str(text))
@@ -118,6 +119,7 @@ def test_a_sparse_run(tmp_path, text):
         assert (kernel == 0).sum() == 3 * kernel.size // 4
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_options_override_the_config(tmp_path, text):
     config = {**CONFIG, "runconfig": {"max_steps": 40}}
     result, out = invoke(tmp_path, config, "--data", str(text / "0.txt"), "--steps", "3")
@@ -210,6 +212,7 @@ def test_files_of_other_people_stay(tmp_path, text, monkeypatch):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_overwrite_replaces_a_run(tmp_path, text):
     result, out = invoke(tmp_path, short(), "--data", str(text))
     assert result.exit_code == 0, result.output
@@ -225,6 +228,7 @@ def test_overwrite_replaces_a_run(tmp_path, text):
     assert (out / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_empty_folder_is_taken(tmp_path, text):
     (tmp_path / "run").mkdir()
     result, out = invoke(tmp_path, short(), "--data", str(text))
@@ -265,6 +269,7 @@ def test_the_sample_is_shown_in_any_terminal(tmp_path, text, monkeypatch, charse
     assert (out / "sample.txt").read_bytes() == sample.encode()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_progress_is_shown_in_an_ascii_terminal(tmp_path, text, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
     result, _ = invoke(tmp_path, short(), "--data", str(text), charset="ascii")
@@ -474,6 +479,7 @@ def test_no_more_is_read_than_is_used(tmp_path, monkeypatch):
     assert sum(map(len, data.load_text(tmp_path / "long.txt")[:2])) == 1000
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_skips_scales_and_accumulates(tmp_path, text, monkeypatch):
     """One batch is not finite: the run goes on, the schedule and the scale tell of it."""
     step, steps = run.Run.step, []
@@ -505,6 +511,7 @@ def test_a_run_that_skips_scales_and_accumulates(tmp_path, text, monkeypatch):
     assert records[4]["loss_scale"] == 2.0**14
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_batch_in_parts_is_the_same_step(tmp_path, text):
     losses = []
     for i, parts in enumerate(("1", "2")):
@@ -519,6 +526,7 @@ def test_a_batch_in_parts_is_the_same_step(tmp_path, text):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_option_of_parts_comes_before_the_optimizers(tmp_path, text):
     config = {**CONFIG, "optimizer": {**CONFIG["optimizer"], "grad_accum_steps": 2}}
     for options, parts in (((), 2), (("--grad-accum-steps", "1"), 1)):
@@ -531,6 +539,7 @@ def test_the_option_of_parts_comes_before_the_optimizers(tmp_path, text):
         assert resolved["train"]["grad_accum_steps"] == parts
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_losses_that_arrive_in_bunches_make_no_wild_speeds(tmp_path, text, monkeypatch):
     class Bunches(LateLosses):
         def __init__(self, tell, **options):

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from cerebras_jax.train import run
 from cerebras_jax.train.cli import main
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "no_pictures")
 
 CONFIG = {
     "optimizer": {
