@@ -25,7 +25,7 @@ from cerebras_jax.train.settings import TrainSettings
 _compiled = [0]
 
 
-def _count(event: str, duration: float, **kwargs: object) -> None:
+def _count(event: str, duration_secs: float, **kwargs: object) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
         _compiled[0] += 1
 
@@ -50,8 +50,8 @@ def _run(steps: int) -> Run:
             }
         }
     )
-    sizes = {"batch_size": 4, "context": 16, "layers": 1, "width": 32, "heads": 2}
-    return Run(recipe, TrainSettings(steps=steps, **sizes), data.load_text())
+    settings = TrainSettings(steps=steps, batch_size=4, context=16, layers=1, width=32, heads=2)
+    return Run(recipe, settings, data.load_text())
 
 
 def measure(steps: int, every: int) -> list[dict[str, Any]]:

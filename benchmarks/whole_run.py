@@ -128,6 +128,8 @@ def measure(
             for name in names:
                 if not (fused and name.startswith("torch")):  # it does not know of XLA's flags
                     found[name].append(_in_process("alone", [name], fused, options))
+                    first_s = found[name][-1]["first_loss_s"]
+                    console.print(f"{setting}, {name}: {first_s:.1f} s to the first loss")
         # torch is there as the common measure; compiling it takes a minute.
         field = [name for name in names if not (fused and name == "torch.compile")]
         rows = _in_process("together", field, fused, options)
@@ -222,13 +224,13 @@ def main(
             show([row for row in rows if row["tree"] == setting], console)
     else:
         start = time.perf_counter()
-        skipped = runs.left_out()
         picked = text.split(",") if text else list(runs.MAKERS)
         unknown = [name for name in picked if name not in runs.MAKERS]
         if unknown:
             raise click.BadParameter(
                 f"unknown contenders {unknown}; there are {', '.join(runs.MAKERS)}"
             )
+        skipped = runs.left_out(picked)
         model = gpt.model_of(TrainSettings(layers=layers))
         header = machine.describe() | {
             "parameters": sum(x.size for x in jax.tree.leaves(model)),

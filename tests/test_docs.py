@@ -53,7 +53,7 @@ def public(module):
     own = module.__name__ in faces  # of these all that they import
     return [
         name
-        for name, value in vars(module).items()
+        for name, value in ((name, getattr(module, name)) for name in dir(module))
         if not name.startswith("_")
         and (inspect.isclass(value) or inspect.isfunction(value))
         and (own or getattr(value, "__module__", "") == module.__name__)
