@@ -98,6 +98,20 @@ def _whole_runs(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _long_run(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table of at most ten of the rows."""
+    if not rows:
+        return []
+    lines = ["| steps | resident MiB | live arrays | ms per step | programs |"]
+    lines += ["|---|---:|---:|---:|---:|"]
+    for r in [*rows[:-1][:: -(-len(rows) // 10)], rows[-1]]:
+        lines.append(
+            f"| {r['step']:,} | {r['resident_bytes'] / 2**20:.1f} | {r['live_arrays']} | "
+            f"{r['median_step_s'] * 1e3:.2f} | {r['programs']} |"
+        )
+    return lines
+
+
 def _pivot(rows: Sequence[Row], contender: str, peer: str, down: str, across: str) -> list[str]:
     """A Markdown table of the medians of ratios; no lines where there are none."""
     cells = {
@@ -148,6 +162,7 @@ def markdown(rows: Sequence[Row]) -> str:
             first, later = r["first_step_extra_bytes_per_parameter"], r["extra_bytes_per_parameter"]
             lines.append(f"| {r['contender']} | {first:.1f} | {later:.1f} |")
     lines += _whole_runs([r for r in rows if r["case"] == "whole run"])
+    lines += _long_run([r for r in rows if r["case"] == "long run"])
     return "\n".join(lines).strip() + "\n"
 
 
