@@ -105,9 +105,9 @@ def main(
         header, *rows = json.loads(replay.read_text())
         console.print(header["machine"])
         groups = {}
-        for row in rows:
+        for row in rows if not markdown else ():
             groups.setdefault((row["case"], row["optimizer"], row["tree"]), []).append(row)
-        for group in groups.values() if not markdown else ():
+        for group in groups.values():
             report.show(group, console)
     else:
         if multi_output_fusion:

@@ -181,7 +181,8 @@ def draw(header: dict[str, Any], rows: Sequence[cases.Row], path: Path) -> None:
                 median = np.array([x["median"] for x in own.values()])
                 low = median - [x["q1"] for x in own.values()]
                 high = np.array([x["q3"] for x in own.values()]) - median
-                y = np.array([names.index(name) for name in own]) + (k - 0.5) * 0.4
+                aside = [0 if name.startswith("torch") else (k - 0.5) * 0.4 for name in own]
+                y = np.array([names.index(name) for name in own]) + aside
                 label = "default" if setting == DEFAULT else f"with {setting}"
                 panel.barh(y, median, 0.4, xerr=[low, high], color=color, label=label)
         panel.set_yticks(range(len(names)), names)
