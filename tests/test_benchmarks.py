@@ -34,5 +34,4 @@ def test_whole_runs_are_the_same_in_every_library(name, losses_of):
     if name.startswith("torch"):
         pytest.importorskip("torch")
     expected = losses_of("trace")
-    assert len(set(expected)) == 4 or expected[1] == expected[0]
     np.testing.assert_allclose(losses_of(name), expected, rtol=1e-5)
