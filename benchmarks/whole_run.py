@@ -200,7 +200,7 @@ def draw(header: dict[str, Any], rows: Sequence[cases.Row], path: Path) -> None:
 @click.option("--json", "json_path", type=Path, help="Write the results there.")
 @click.option("--chart", type=Path, help="Draw a chart there.")
 @click.option("--contenders", "text", help=f"Comma-separated, of: {', '.join(runs.MAKERS)}.")
-@click.option("--seconds", default=75.0, help="For the alternating rounds of each setting.")
+@click.option("--seconds", default=60.0, help="For the alternating rounds of each setting.")
 @click.option("--repeats", default=2, help="Processes alone of each contender.")
 @click.option("--layers", default=TrainSettings.layers, help="Fewer, to try the command out.")
 @click.option("--replay", type=Path, help="Show results of an earlier --json; measure nothing.")
