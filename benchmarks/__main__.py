@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.console import Console
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
 
 from benchmarks import cases, contenders, machine, memory, report, trees
+from benchmarks.results_file import write
 from cerebras_jax import enable_multi_output_fusion
 
 Job = tuple[str, Callable[[], Iterator[cases.Row]]]
@@ -73,11 +73,6 @@ def _choose(text: str | None, known: tuple[str, ...], what: str) -> list[str]:
     return picked
 
 
-def _write(path: Path, objects: list[dict[str, Any]]) -> None:
-    """A JSON list with one object in each line."""
-    path.write_text("[\n" + ",\n".join(map(json.dumps, objects)) + "\n]\n")
-
-
 @click.command(context_settings={"show_default": True})
 @click.option("--suite", type=click.Choice(["quick", "full"]), default="quick")
 @click.option("--json", "json_path", type=Path, help="Write the results there.")
@@ -110,9 +105,9 @@ def main(
         header, *rows = json.loads(replay.read_text())
         console.print(header["machine"])
         groups = {}
-        for row in rows:
+        for row in rows if not markdown else ():
             groups.setdefault((row["case"], row["optimizer"], row["tree"]), []).append(row)
-        for group in groups.values() if not markdown else ():
+        for group in groups.values():
             report.show(group, console)
     else:
         if multi_output_fusion:
@@ -141,11 +136,11 @@ def main(
             console.print(f"{title}: {time.perf_counter() - begun:.0f} s\n")
             rows += done
             if json_path is not None:  # after every case: an interrupted run keeps what it has
-                _write(json_path, [header, *rows])
+                write(json_path, [header, *rows])
         header["seconds"] = round(time.perf_counter() - start, 1)
         console.print(f"{header['seconds']} s in all")
         if json_path is not None:
-            _write(json_path, [header, *rows])
+            write(json_path, [header, *rows])
     if markdown:
         click.echo(report.markdown(rows))
     if chart is not None:

@@ -19,7 +19,7 @@ from cerebras_jax.train import gpt
 from cerebras_jax.train.run import TrainSettings
 
 Row = dict[str, Any]
-PEERS = ("pure", "optax", "nnx", "torch", "torch fused", "C", "jit + optax")
+PEERS = ("pure", "optax", "nnx", "torch", "torch fused", "C", "jit + optax", "torch eager")
 """Contenders that others are compared with; ``torch`` is the faster of for-loop and foreach."""
 
 

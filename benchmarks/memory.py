@@ -33,7 +33,8 @@ def _lines(status: str) -> list[str]:
     return [line for line in status.splitlines() if line.startswith(("VmRSS", "VmHWM"))]
 
 
-def _used_and_peak() -> tuple[int, int]:
+def used_and_peak() -> tuple[int, int]:
+    """Bytes in use and the most that were: of the device, on a CPU of the process."""
     import jax
 
     device = jax.devices()[0]
@@ -45,17 +46,22 @@ def _used_and_peak() -> tuple[int, int]:
     return int(kib["VmRSS"]) * 1024, int(kib["VmHWM"]) * 1024
 
 
-def _extra(step: Any) -> int:
-    """Bytes by which the peak of a step is above what was in use before it."""
+def settled() -> tuple[int, int]:
+    """As `used_and_peak`, once nothing runs and the peak is forgotten, where it can be (CPU)."""
     import jax
 
     gc.collect()
     time.sleep(1.0)  # what runs still, and what is freed in the background
     if jax.default_backend() == "cpu":
         _reset_peak()
-    before, _ = _used_and_peak()
+    return used_and_peak()
+
+
+def _extra(step: Any) -> int:
+    """Bytes by which the peak of a step is above what was in use before it."""
+    before, _ = settled()
     step()
-    return max(0, _used_and_peak()[1] - before)
+    return max(0, used_and_peak()[1] - before)
 
 
 def main(contender: str, optimizer: str, *shape: str) -> None:

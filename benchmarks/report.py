@@ -59,6 +59,59 @@ def _show_memory(rows: Sequence[Row], title: str, console: Console) -> None:
     console.print(table)
 
 
+WHOLE_RUN_COLUMNS = (
+    "tokens/s",
+    "time / jit + optax",
+    "time / nnx",
+    "time / torch eager",
+    "s to first loss",
+    "MiB, first step",
+    "MiB, later",
+)
+
+
+def whole_run_cells(row: Row) -> list[str]:
+    """What `WHOLE_RUN_COLUMNS` say of a whole training run."""
+    speed, first, mib = row["tokens_per_s"], row.get("first_loss_s"), 2**20
+    return [
+        f"{speed['median']:,.0f} ({speed['q1']:,.0f}-{speed['q3']:,.0f})",
+        *(
+            f"{row['ratio'][peer]['median']:.2f}" if peer in row["ratio"] else ""
+            for peer in ("jit + optax", "nnx", "torch eager")
+        ),
+        "" if first is None else f"{first['median']:.1f}",
+        "" if first is None else f"{row['first_step_bytes'] / mib:.0f}",
+        "" if first is None else f"{row['later_steps_bytes'] / mib:.0f}",
+    ]
+
+
+def _whole_runs(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table for each setting of XLA."""
+    lines = []
+    for setting in dict.fromkeys(row["tree"] for row in rows):
+        lines += [f"| {setting} | {' | '.join(WHOLE_RUN_COLUMNS)} |"]
+        lines += ["|---|" + "---:|" * len(WHOLE_RUN_COLUMNS)]
+        for row in rows:
+            if row["tree"] == setting:
+                lines.append(f"| {row['contender']} | {' | '.join(whole_run_cells(row))} |")
+        lines.append("")
+    return lines
+
+
+def _long_run(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table of at most ten of the rows."""
+    if not rows:
+        return []
+    lines = ["| steps | resident MiB | live arrays | ms per step | programs |"]
+    lines += ["|---|---:|---:|---:|---:|"]
+    for r in [*rows[:-1][:: -(-len(rows) // 10)], rows[-1]]:
+        lines.append(
+            f"| {r['step']:,} | {r['resident_bytes'] / 2**20:.1f} | {r['live_arrays']} | "
+            f"{r['median_step_s'] * 1e3:.2f} | {r['programs']} |"
+        )
+    return lines
+
+
 def _pivot(rows: Sequence[Row], contender: str, peer: str, down: str, across: str) -> list[str]:
     """A Markdown table of the medians of ratios; no lines where there are none."""
     cells = {
@@ -115,6 +168,8 @@ def markdown(rows: Sequence[Row]) -> str:
         for r in extra:
             first, later = r["first_step_extra_bytes_per_parameter"], r["extra_bytes_per_parameter"]
             lines.append(f"| {r['contender']} | {first:.1f} | {later:.1f} |")
+    lines += _whole_runs([r for r in rows if r["case"] == "whole run"])
+    lines += _long_run([r for r in rows if r["case"] == "long run"])
     return "\n".join(lines).strip() + "\n"
 
 

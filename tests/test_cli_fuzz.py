@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cerebras_jax.train import cli, folder, run
+from cerebras_jax.train import cli, folder, run, train_cli
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -132,7 +132,7 @@ def text(tmp_path_factory):
 def untrained():
     """The command up to its first step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "train", lambda *arguments: run._result([], False, None, {}))
+        patch.setattr(train_cli, "train", lambda *arguments: run._result([], False, None, {}))
         yield
 
 

@@ -78,3 +78,26 @@ def test_after_loading(entry, make, compilations):
     with compilations(0):
         step(resumed, grads)
         step(resumed, grads)
+
+
+def test_a_program_from_the_folder_writes_over_the_old_buffers():
+    events = []
+    jax.monitoring.register_event_listener(lambda name, **kwargs: events.append(name))
+
+    def take(lr):
+        """Takes a step by a trace of its own, and says whether the states stayed in their place."""
+
+        def places():
+            state = opt.state["w"]
+            return [state[name].unsafe_buffer_pointer() for name in ("exp_avg", "exp_avg_sq")]
+
+        opt = optim.AdamW({"w": jnp.ones((7, 9))}, lr=lr)
+        before = places()
+        cjax.trace(lambda opt, grads: opt.step(grads))(opt, {"w": jnp.ones((7, 9))})
+        return places() == before
+
+    assert take(0.1)
+    events.clear()
+    assert take(0.2)
+    assert "/jax/compilation_cache/cache_hits" in events
+    assert "/jax/compilation_cache/cache_misses" not in events

@@ -1,7 +1,6 @@
 """The documentation covers what is there, and what it says can be run."""
 
 import inspect
-import json
 import pkgutil
 import re
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import cerebras_jax
-from benchmarks import report
+from benchmarks import tables
 from cerebras_jax import checks, optim, rule, schedules, sparse
 from cerebras_jax.optim import lr_scheduler, weight_decay_scheduler
 
@@ -53,7 +52,7 @@ def public(module):
     own = module.__name__ in faces  # of these all that they import
     return [
         name
-        for name, value in vars(module).items()
+        for name, value in ((name, getattr(module, name)) for name in dir(module))
         if not name.startswith("_")
         and (inspect.isclass(value) or inspect.isfunction(value))
         and (own or getattr(value, "__module__", "") == module.__name__)
@@ -139,12 +138,10 @@ def test_links_between_pages(page):
 
 
 def test_tables_of_benchmarks_show_the_committed_results():
-    page = (DOCS / "benchmarks.md").read_text()
-    tables = re.findall(r"<!-- (\w+\.json) -->\n(.*?)<!-- end -->", page, re.DOTALL)
-    assert len(tables) == 2
-    for name, shown in tables:
-        _, *rows = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
-        assert shown == report.markdown(rows), f"python -m benchmarks --replay {name} --markdown"
+    page = tables.PAGE.read_text()
+    for file in tables.RESULTS.glob("*.json"):
+        assert page.count(f"<!-- {file.name} -->\n") == 1
+    assert page == tables.filled(page), "python -m benchmarks.tables"
 
 
 WITH_CODE = [p for p in PAGES if re.search(r"^```python$", p.read_text(), re.MULTILINE)]

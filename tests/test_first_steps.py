@@ -1,5 +1,8 @@
 """What is said to those who begin, where a call is not quite what is expected."""
 
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import pytest
 
@@ -64,3 +67,34 @@ def test_a_folder_of_checkpoints_says_which_there_are(tmp_path):
         checkpoints.save(5, force=True, opt=opt)
     with pytest.raises(cjax.CheckpointError, match="give run/5, or use cerebras_jax.Checkpoints"):
         cjax.restore(tmp_path / "run", opt=opt)
+
+
+_LOADED = """
+import sys
+from click.testing import CliRunner
+from cerebras_jax.train import cli
+
+help = CliRunner().invoke(cli.main, ["--help"]).output
+assert "Train a small GPT." in help
+assert not {"jax", "numpy", "rich", "yaml"} & set(sys.modules), "help loads it"
+
+import optax
+from flax import nnx
+packages = {name.partition(".")[0] for name in sys.modules}
+from cerebras_jax import optim
+added = {name.partition(".")[0] for name in sys.modules} - packages
+assert not added - sys.stdlib_module_names, added
+for name in ("checkpoint", "recipe", "whole_graph", "train.run"):
+    assert f"cerebras_jax.{name}" not in sys.modules, name
+"""
+
+
+def test_only_what_is_used_is_loaded():
+    subprocess.run([sys.executable, "-c", _LOADED], check=True)
+
+
+def test_the_face_of_the_package_shows_all_its_names():
+    assert {"optim", "trace", "save", "__version__"} <= set(dir(cjax))
+    assert all(hasattr(cjax, name) for name in cjax.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'tracer'"):
+        cjax.tracer  # noqa: B018

@@ -63,7 +63,7 @@ FLOORS = [
     {"optim", "sparse"},
     {"step_config"},
     {"sections", "driven"},
-    {"trace"},
+    {"whole_graph"},
     {"checkpoint.fingerprint", "checkpoint.values"},
     {"checkpoint.leaves"},
     {"checkpoint.store", "checkpoint.tree"},
@@ -83,6 +83,7 @@ FLOORS = [
     {"train.report"},
     {"train.answers", "train.devices"},
     {"train.run", "train.convert_cli", "train.distributed", "train.plan_cli"},
+    {"train.schedule_cli", "train.inspect_cli", "train.train_cli"},
     {"train.cli"},
     {"__main__"},
 ]

@@ -1,297 +1,45 @@
-"""The command line: ``cerebras-jax train``."""
+"""The command line. A command is loaded when it is run, so that help does not wait for JAX."""
 
 import contextlib
-import dataclasses
-import hashlib
-import importlib.resources
+import importlib
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import click
-import jax
-import yaml
 
-from cerebras_jax.checkpoint import Checkpoints, inspect
-from cerebras_jax.checkpoint.files import latest
-from cerebras_jax.messages import shown
-from cerebras_jax.processes import check_equal, from_first, is_first
-from cerebras_jax.train import data, folder, report
-from cerebras_jax.train.answers import EXPECTED, one_line, quiet_recipe, tell, told
-from cerebras_jax.train.convert_cli import convert_command
-from cerebras_jax.train.distributed import PATIENCE, check_options, joined
-from cerebras_jax.train.plan_cli import mesh_option, plan_command, zero_option
-from cerebras_jax.train.run import Run, train
-from cerebras_jax.train.settings import RANGES, TrainSettings, parse_mesh
-from cerebras_jax.train.tensorboard import Events, import_writer
-from cerebras_jax.yaml_config import read_config
-
-# What of the section ``train`` may be another when a run is resumed.
-_MAY_DIFFER = ("steps", "eval_every", "save_every", "keep", "mesh", "zero")
+_COMMANDS = {
+    "convert": "Write a run in another file format.",
+    "inspect": "Print what is in a checkpoint.",
+    "plan": "Print what training takes of each device.",
+    "schedule": "Print and draw a configuration's schedules.",
+    "train": "Train a small GPT.",
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The command NAME is ``NAME_command`` of the module ``NAME_cli``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"cerebras_jax.train.{cmd_name}_cli")
+        return getattr(module, f"{cmd_name}_command")
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cerebras_jax")
 @click.pass_context
 def main(context: click.Context) -> None:
     """Optimizers and learning-rate schedules for JAX."""
     context.with_resource(_replaced_characters())
-
-
-main.add_command(convert_command)
-main.add_command(plan_command)
-
-
-@main.command("schedule", short_help="Print and draw a configuration's schedules.")
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Draw the curve into this PNG.")
-@click.option("--steps", type=click.IntRange(*RANGES["steps"]), help="How many steps to show.")
-def schedule_command(config: Path, out: Path | None, steps: int | None) -> None:
-    """Print and draw the learning rate and weight decay of CONFIG.yaml."""
-    console = report.plain_console()
-    with told():
-        if out is not None and not out.parent.is_dir():
-            raise FileNotFoundError(f"--out {out} cannot be written: no folder {out.parent}")
-        recipe = quiet_recipe(config)
-        schedules = {key: recipe.schedule(key) for key in ("lr", "weight_decay") if recipe.has(key)}
-        table = report.schedule_table(schedules, steps, recipe.optimizer_class.__name__)
-        if out is not None:
-            report.draw_schedules(schedules, steps, out)
-    console.print(table)
-    if out is not None:
-        console.print(report.printable(str(out)))
-
-
-def _train_option(name: str, what: str) -> Any:
-    flag = f"--{name.replace('_', '-')}"
-    return click.option(flag, type=click.IntRange(*RANGES[name]), help=what)
-
-
-@main.command("train", short_help="Train a small GPT.")
-@click.argument(
-    "config", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False
-)
-@click.option("--data", type=click.Path(exists=True, path_type=Path), help="Text file or folder.")
-@_train_option("steps", "Number of training steps.")
-@_train_option("batch_size", "Windows of text in a step.")
-@_train_option("context", "Bytes in a window.")
-@_train_option("seed", "Seed of the model and of the batches.")
-@_train_option("grad_accum_steps", "Parts in which a batch is computed.  [default: CONFIG's, or 1]")
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Run folder, new or empty.  [default: runs/TIME]",
-)
-@click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out.")
-@_train_option("save_every", "Steps from checkpoint to checkpoint; 0: none.  [default: 500]")
-@_train_option("keep", "How many of the latest checkpoints to keep.  [default: 2]")
-@click.option(
-    "--resume",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Go on with the run in this folder from its latest checkpoint.",
-)
-@click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard, too.")
-@mesh_option
-@zero_option
-@click.option(
-    "--distributed", is_flag=True, help="Be one of several processes with the same command."
-)
-@click.option("--coordinator", metavar="HOST:PORT", help="Where process 0 is to be found.")
-@click.option("--process-id", type=click.IntRange(0), help="Which of the processes this is.")
-@click.option("--processes", type=click.IntRange(1), help="How many there are.")
-@click.option(
-    "--patience",
-    type=click.IntRange(*PATIENCE),
-    default=60,
-    show_default=True,
-    help="Seconds that another process may be silent.",
-)
-def train_command(
-    config: Path | None,
-    distributed: bool,
-    coordinator: str | None,
-    process_id: int | None,
-    processes: int | None,
-    patience: int,
-    **options: Any,
-) -> None:
-    """Train a small byte-level GPT with the optimizer of CONFIG.yaml.
-
-    CONFIG is a Model Zoo configuration: its section `optimizer` says what to train with; a
-    section `train` may set steps, batch_size, context, layers, width, heads, eval_every, seed,
-    save_every, keep, grad_accum_steps. Without one, AdamW with warm-up and cosine decay trains
-    on the source code of Python's standard library. The run folder gets config.yaml,
-    metrics.jsonl, training.png, sample.txt, weights.npz and checkpoints.
-
-    A run that was interrupted or killed goes on with --resume RUN, and the same --data, as if it
-    had not been; --steps may be more than before. On another number of devices, a run that was
-    begun with --mesh needs another --mesh.
-
-    All devices at hand train together, with a part of each batch each (data parallel), and the
-    states of the optimizer are split over them (ZeRO). --mesh and --zero say otherwise, as do
-    `mesh` and `zero` in the section `train`. With --distributed, the devices are those of several
-    processes; without --coordinator, JAX finds these out of SLURM's, Open MPI's, Kubernetes' or
-    Cloud TPU's environment.
-
-    With --tensorboard, RUN/tensorboard gets the metrics, for `tensorboard --logdir RUN`.
-    """
-    with told():
-        check_options(distributed, coordinator, process_id, processes)
-    if not distributed:
-        return _train(config, **options)
-    with contextlib.ExitStack() as stack:
-        with told():
-            stack.enter_context(joined(coordinator, process_id, processes, patience))
-        _train(config, **options)
-
-
-def _train(
-    config: Path | None,
-    data: Path | None,
-    out: Path | None,
-    overwrite: bool,
-    resume: Path | None,
-    tensorboard: bool,
-    mesh: str | None,
-    **options: Any,
-) -> None:
-    """The command, in each of its processes."""
-    console = report.plain_console(quiet=not is_first())
-    with told():
-        if tensorboard:
-            import_writer()  # before anything is written
-        options["mesh"] = None if mesh is None else parse_mesh(mesh)
-        run, run_folder, checkpoints, start = _begin(config, data, out, overwrite, resume, options)
-        writes_events = tensorboard and is_first()
-        events = Events(run_folder / folder.EVENTS, start) if writes_events else None
-    if resume is not None:
-        console.print(f"resumed after {start} steps")
-    result = train(run, run_folder, console, checkpoints, start, events)
-    if result.steps:
-        console.print(
-            f"{'interrupted, ' if result.interrupted else ''}{result.steps} steps in "
-            f"{result.seconds:.0f} s, {result.tokens_per_s:,.0f} tokens/s\n"
-            f"training loss {result.first_loss:.3f} -> {result.last_loss:.3f}, held-out loss "
-            f"{result.first_held_out_loss:.3f} -> {result.last_held_out_loss:.3f} nats per byte\n"
-            f"{report.printable(str(run_folder))}/{folder.PICTURE}"
-        )
-    for name, error in result.failures.items():
-        click.echo(f"Error: {name} was not complete: {one_line(error)}", err=True)
-    if isinstance(result.stopped, EXPECTED):
-        raise click.ClickException(one_line(result.stopped))
-    if result.stopped is not None:
-        raise result.stopped
-    if result.failures:
-        raise SystemExit(1)
-
-
-def _begin(
-    config: Path | None,
-    text: Path | None,
-    out: Path | None,
-    overwrite: bool,
-    resume: Path | None,
-    options: dict[str, Any],
-) -> tuple[Run, Path, Checkpoints | None, int]:
-    """A run, its folder, where it saves if it does, and how many steps it has taken."""
-    if resume is None:
-        from_first(lambda: str(out and folder.check_folder(out, overwrite)))
-        run, resolved = _load(config, text, options)
-        made = from_first(lambda: _path_for_all(folder.make_folder(out, overwrite, resolved)))
-        run_folder = Path(made)
-        return run, run_folder, _checkpoints(run, run_folder), 0
-    if out is not None or overwrite:
-        raise ValueError("--resume goes on in the run's own folder, without --out and --overwrite")
-    given = resume
-    resume = Path(from_first(lambda: _path_for_all(given)))
-    folder.check_run(resume)
-    stored = read_config(resume / folder.CONFIG)
-    run, resolved = _load(config or resume / folder.CONFIG, text, options)
-    _check_same(stored, resolved)
-    checkpoints = _checkpoints(run, resume)
-    start = _resume(run, resume, checkpoints)
-    if is_first():
-        folder.rewrite_config(resume, resolved)
-    return run, resume, checkpoints, start
-
-
-def _path_for_all(path: Path) -> str:
-    """A path that is the same in every process, wherever it was started."""
-    return str(path if jax.process_count() == 1 else path.absolute())
-
-
-def _checkpoints(run: Run, run_folder: Path) -> Checkpoints | None:
-    every, keep = run.settings.save_every, run.settings.keep
-    return Checkpoints(run_folder / folder.CHECKPOINTS, every, keep) if every else None
-
-
-def _resume(run: Run, run_folder: Path, checkpoints: Checkpoints | None) -> int:
-    """Brings a run to its latest checkpoint, also one that will save no more."""
-    if checkpoints is not None:
-        return run.resume(checkpoints)
-    with Checkpoints(run_folder / folder.CHECKPOINTS) as found:
-        return run.resume(found)
-
-
-def _check_same(stored: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
-    """Refuses to resume a run with another configuration."""
-    ours, theirs = (
-        {**config, "train": {k: v for k, v in config["train"].items() if k not in _MAY_DIFFER}}
-        for config in (resolved, stored)
-    )
-    for key in dict.fromkeys([*theirs, *ours]):
-        if ours.get(key) != theirs.get(key):
-            key, mine, before = _difference(key, ours.get(key), theirs.get(key))
-            raise ValueError(
-                f"--resume: {key} is {shown(mine)}, it was {shown(before)} when the run was begun; "
-                f"only {', '.join(_MAY_DIFFER)} may differ"
-            )
-
-
-def _difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
-    """The first value in which two configurations differ, by its dotted name."""
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        key = next(k for k in {**theirs, **ours} if ours.get(k) != theirs.get(k))
-        return _difference(f"{name}.{key}", ours.get(key), theirs.get(key))
-    return name, ours, theirs
-
-
-@main.command("inspect", short_help="Print what is in a checkpoint.")
-@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--verify", is_flag=True, help="Read everything, and compare the fingerprints.")
-def inspect_command(checkpoint: Path, verify: bool) -> None:
-    """Print what is in CHECKPOINT, or in the latest one of a run's folder."""
-    with told():
-        contents = str(inspect(latest(checkpoint), verify=verify))
-    report.plain_console().print(report.printable(contents, keep="\n"))
-
-
-def _load(
-    config: Path | None, text: Path | None, options: dict[str, Any]
-) -> tuple[Run, dict[str, Any]]:
-    """The run, and the configuration that makes the same one."""
-    default = importlib.resources.files("cerebras_jax.train") / "default.yaml"
-    values = dict(
-        yaml.safe_load(default.read_text("utf-8")) if config is None else read_config(config)
-    )
-    given = {k: v for k, v in options.items() if v is not None}
-    if config is None and "steps" in given:  # the embedded schedule spans the run
-        for entry in values["optimizer"]["learning_rate"]:
-            share = entry["total_iters"] / values["train"]["steps"]
-            entry["total_iters"] = max(1, round(share * given["steps"]))
-    unused = [k for k in ("runconfig", "train_input", "eval_input", "model") if k in values]
-    if unused:
-        tell(f"Not used: {', '.join(unused)}; see --steps and --batch-size")
-    settings = TrainSettings.from_config(values.get("train"), **given)
-    recipe = quiet_recipe(values)
-    if "grad_accum_steps" not in {**(values.get("train") or {}), **given}:
-        settings = dataclasses.replace(settings, grad_accum_steps=recipe.grad_accum_steps)
-    resolved = {**values, "train": settings.as_config()}
-    loaded = data.load_text(text)
-    digests = [hashlib.sha256(part.tobytes()).hexdigest() for part in loaded[:2]]
-    check_equal(f"{resolved} {digests}", "the configuration or the text")
-    return Run(recipe, settings, loaded), resolved
 
 
 @contextlib.contextmanager

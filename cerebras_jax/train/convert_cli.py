@@ -13,7 +13,7 @@ from cerebras_jax.train import report
 from cerebras_jax.train.answers import one_line, told
 
 
-@click.command("convert", short_help="Write a run in another file format.")
+@click.command("convert")
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option(

@@ -35,7 +35,7 @@ zero_option = click.option(
 )
 
 
-@click.command("plan", short_help="Print what training takes of each device.")
+@click.command("plan")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--devices", "count", type=click.IntRange(1, 2**20), required=True, help="How many.")
 @mesh_option

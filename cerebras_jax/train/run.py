@@ -21,7 +21,6 @@ from cerebras_jax.optim import Optimizer
 from cerebras_jax.optim.scheduler import Scheduler
 from cerebras_jax.processes import is_first, meet
 from cerebras_jax.recipe import Recipe
-from cerebras_jax.trace import trace
 from cerebras_jax.train import data, devices, gpt, report
 from cerebras_jax.train import folder as run_folder
 from cerebras_jax.train.interrupts import Interrupts, SharedInterrupts
@@ -30,6 +29,7 @@ from cerebras_jax.train.settings import TrainSettings, layout_text
 from cerebras_jax.train.tensorboard import Events
 from cerebras_jax.transforms.accumulate import accumulate
 from cerebras_jax.transforms.loss_scale import GradScaler
+from cerebras_jax.whole_graph import trace
 
 _EVAL_BATCHES = 8
 
