@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from cerebras_jax.checks import any_traced, is_traced
 
@@ -114,6 +115,9 @@ class Donor:
         if len(live) <= self._live and not self._has_aliases:
             return set()
         leaves = list(itertools.chain.from_iterable(lists))
+        if _are_apart(leaves, live):
+            self._live, self._has_aliases = len(live), False
+            return set()
         single = {_kind(x) for x in live if len(x.sharding.device_set) == 1} - {None}
         views = _views([x for x in leaves if _kind(x) in single])
         live = [x for x in live if id(x) not in views]  # they go with what they are views of
@@ -125,6 +129,15 @@ class Donor:
         found = {id(x) for x in leaves if theirs and not buffers.isdisjoint(_buffers(x, alone))}
         self._live, self._has_aliases = len(live), bool(found)
         return found
+
+
+def _are_apart(leaves: Sequence[Any], live: Sequence[Any]) -> bool:
+    """Whether it is plain that no other array has a buffer of ours: a tenth of the time."""
+    if any(type(x.sharding) is not SingleDeviceSharding for x in live):
+        return False
+    mine = {id(x) for x in leaves}
+    theirs = {x.unsafe_buffer_pointer() for x in live if id(x) not in mine and x.size}
+    return theirs.isdisjoint(x.unsafe_buffer_pointer() for x in leaves if _kind(x) is not None)
 
 
 def _kind(x: Any) -> Any:

@@ -58,7 +58,7 @@ def with_few_digits(value: Any) -> Any:
     if not isinstance(value, float) or not np.isfinite(value) or abs(value) > 3e38:
         return value
     narrow = np.float32(value)
-    return float(str(narrow)) if narrow == value else value
+    return float(str(narrow)) if float(narrow) == value else value
 
 
 def import_extra(module: str, extra: str) -> Any:

@@ -209,7 +209,8 @@ def test_signatures_show_the_same_arguments(entry):
     pure, cls = inspect.signature(entry.pure), inspect.signature(entry.cls)
     names = list(cls.parameters)
     assert names[0] == "params"
-    of_class = ["enable_global_step", "state_dtype", "rounding", "around", "donate"]
+    of_class = ["enable_global_step", "state_dtype", "rounding", "pack", "around", "donate"]
+    of_class += ["zero_axis", "state_memory"]
     assert names[-len(of_class) :] == of_class
     of_pure = ["state_dtype", "per_leaf_clocks", "rounding"]
     assert list(pure.parameters)[-len(of_pure) :] == of_pure

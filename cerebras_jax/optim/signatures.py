@@ -13,6 +13,8 @@ _KEYWORDS = {
     "pack": False,
     "around": (),
     "donate": "auto",
+    "zero_axis": None,
+    "state_memory": None,
 }
 
 
