@@ -17,7 +17,7 @@ from cerebras_jax import enable_multi_output_fusion
 
 Job = tuple[str, Callable[[], Iterator[cases.Row]]]
 
-CASES = ("update", "training", "dispatch", "compile", "memory")
+CASES = ("update", "muon", "training", "dispatch", "compile", "memory")
 _QUICK: tuple[str, ...] = ("adamw", "sgd", "lamb", "lion", "adafactor")
 
 
@@ -33,6 +33,8 @@ def _jobs(
                     f"update, {name}, {tree}",
                     lambda t=tree, n=name, e=every: cases.update(t, n, scale, budget, e),
                 )
+    if "muon" in chosen:
+        yield "muon", lambda: cases.muon(scale, 40.0 if full else 10.0)
     if "training" in chosen:
         yield "training step", lambda: cases.training(scale, 40.0 if full else 10.0)
     if "dispatch" in chosen:

@@ -19,7 +19,17 @@ from cerebras_jax.train import gpt
 from cerebras_jax.train.run import TrainSettings
 
 Row = dict[str, Any]
-PEERS = ("pure", "optax", "nnx", "torch", "torch fused", "C", "jit + optax", "torch eager")
+PEERS = (
+    "pure",
+    "optax",
+    "nnx",
+    "torch",
+    "torch fused",
+    "C",
+    "jit + optax",
+    "torch eager",
+    "products",
+)
 """Contenders that others are compared with; ``torch`` is the faster of for-loop and foreach."""
 
 
@@ -121,6 +131,22 @@ def dispatch(n: int, budget_s: float) -> Iterator[Row]:
     if n <= 1000:  # nnx.jit takes minutes to compile more
         field.append(contenders.nnx_optimizer(spec.optax(), params, grads))
     labels = {"case": "dispatch", "optimizer": "adamw", "tree": f"{n} x 1"}
+    yield from rows_of(interleave(field, budget_s), **labels)
+
+
+def muon(scale: float, budget_s: float) -> Iterator[Row]:
+    """An update by Muon of the matrices of a block, against the matrix products in it alone."""
+    shapes = trees.block_matrices(scale)
+    params, grads = trees.values(shapes, 0, 0.1), contenders.own(trees.values(shapes, 1, 0.01))
+    spec = contenders.MUON
+    assert spec.optax is not None
+    field = [
+        contenders.jitted("pure", spec.pure(), params, grads),
+        contenders.class_form(spec, params, grads),
+        contenders.jitted("optax", spec.optax(), params, grads),
+        limits.products(shapes.values(), steps=5),
+    ]
+    labels = {"case": "muon", "optimizer": "muon", "tree": "a block of GPT-2 small"}
     yield from rows_of(interleave(field, budget_s), **labels)
 
 

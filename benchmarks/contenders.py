@@ -76,6 +76,14 @@ SPECS = {
     "adafactor": Spec("Adafactor", {"lr": _LR}, lambda: optax.adafactor(_LR), {"lr": _LR}),
 }
 
+# With optax's defaults where the two differ; torch's multiplies in bfloat16.
+MUON = Spec(
+    "Muon",
+    {"lr": _LR, "momentum": 0.95},
+    lambda: optax.contrib.muon(_LR),
+    None,
+)
+
 
 def update_of(tx: Any) -> Callable[..., Any]:
     """(state, parameters, gradients) -> (new state, new parameters).

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,23 @@ def copy(size: int) -> Contender:
     compiled = jax.jit(jnp.copy)
     a = jnp.ones(size, jnp.float32)
     return Contender("copy", lambda: jax.block_until_ready(compiled(a)))
+
+
+def products(shapes: Iterable[tuple[int, int]], steps: int) -> Contender:
+    """The matrix products of Newton-Schulz iterations, and nothing else, in float32."""
+
+    def chain(x: jax.Array) -> jax.Array:
+        for _ in range(steps):
+            square = x @ x.T
+            x = (square @ square) @ x
+        return x
+
+    compiled = jax.jit(lambda xs: [chain(x) for x in xs])
+    # Of orthogonal matrices the products stay orthogonal: no number grows or vanishes.
+    rng = np.random.default_rng(0)
+    wide = [np.linalg.qr(rng.normal(size=(max(s), min(s))))[0].T for s in shapes]
+    own = [jnp.asarray(x, jnp.float32) for x in wide]
+    return Contender("products", lambda: jax.block_until_ready(compiled(own)))
 
 
 class Loops:

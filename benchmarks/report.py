@@ -149,6 +149,7 @@ def markdown(rows: Sequence[Row]) -> str:
     ):
         lines += _pivot(updates, contender, peer, "optimizer", "tree")
     for case, pairs in {
+        "muon": [("pure", "products"), ("pure", "optax"), ("class", "pure")],
         "training step": [("trace (tree)", "jit + optax"), ("trace (module)", "jit + optax")],
         "dispatch": [
             *(("class", "pure"), ("trace", "pure"), ("pure", "optax"), ("class", "nnx")),

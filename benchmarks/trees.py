@@ -50,6 +50,15 @@ def gpt2_small(scale: float) -> Any:
     return {**embeddings, **blocks, "ln_f": norm()}
 
 
+def block_matrices(scale: float) -> dict[str, tuple[int, int]]:
+    """The matrices of one block of GPT-2 small."""
+    width = max(4, round(768 * scale**0.5))
+    return {
+        name: (a * width, b * width)
+        for name, a, b in (("qkv", 1, 3), ("out", 1, 1), ("mlp_in", 1, 4), ("mlp_out", 4, 1))
+    }
+
+
 def medium_leaves(scale: float) -> Any:
     """300 leaves of five shapes, 30M elements."""
     return _repeated([_scaled(s, scale) for s in _MEDIUM], _count(300, scale))

@@ -29,7 +29,8 @@ def enable_multi_output_fusion() -> None:
         cerebras_jax.enable_multi_output_fusion()
 
     It adds an option to the environment variable ``XLA_FLAGS``, which holds for every program
-    of the process, not only for optimizers; results may differ in the last bit. It starts JAX's
+    of the process, not only for optimizers: results may differ in the last bit, and the steps of a
+    model may get slower, as those of a small GPT do, so measure whole steps. It starts JAX's
     backend, so in a cluster ``jax.distributed.initialize`` comes first. On GPU and TPU, XLA fuses
     like this by itself, and the call does nothing.
 

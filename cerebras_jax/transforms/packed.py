@@ -125,9 +125,9 @@ def packed(
 
     The numbers are those of the wrapped pair, which has to treat every element alike. A step
     gathers the gradients and the parameters once, which takes the memory of two vectors, and
-    hands updates out. With a thousand small parameters it takes half to two thirds
-    of the time; with few it gains nothing, and with large ones it loses. `unpacked`
-    shows the state as it would be without.
+    hands updates out. With a thousand small parameters AdamW takes half to two thirds of the time,
+    SGD two thirds to three quarters; with few it gains nothing, and with large ones it loses.
+    `unpacked` shows the state as it would be without.
 
     Packed are parameters of fewer than ``below`` elements, if two or more of one dtype are, but
     those that are split over devices. In `jax.jit`, ``init`` sees how they are split only on a mesh
