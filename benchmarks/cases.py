@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 import cerebras_jax
-from benchmarks import contenders, limits, memory, trees
+from benchmarks import contenders, limits, memory, runs, trees
 from benchmarks.timing import Contender, Samples, interleave, ratio, spread
 from cerebras_jax import optim
 from cerebras_jax.train import gpt
@@ -180,8 +179,7 @@ def compile_time(name: str, shapes: Any, rounds: int) -> Iterator[Row]:
 
 def training(scale: float, budget_s: float) -> Iterator[Row]:
     """A whole training step of the embedded GPT, AdamW."""
-    sizes = TrainSettings()
-    layers = max(1, round(sizes.layers * min(1.0, scale) ** 0.5))
+    sizes = TrainSettings(layers=max(1, round(TrainSettings.layers * min(1.0, scale) ** 0.5)))
     spec = contenders.SPECS["adamw"]
     assert spec.optax is not None
     rng = np.random.default_rng(0)
@@ -189,13 +187,7 @@ def training(scale: float, budget_s: float) -> Iterator[Row]:
     tokens = jnp.asarray(rng.integers(0, 256, (sizes.batch_size, window)), jnp.int32)
 
     def model() -> gpt.GPT:
-        return gpt.GPT(
-            context=sizes.context,
-            layers=layers,
-            width=sizes.width,
-            heads=sizes.heads,
-            rngs=nnx.Rngs(0),
-        )
+        return gpt.model_of(sizes)
 
     graphdef, params = nnx.split(model(), nnx.Param)
 
@@ -205,9 +197,14 @@ def training(scale: float, budget_s: float) -> Iterator[Row]:
     field = [
         _traced_training("trace (tree)", spec, contenders.own(params), loss_fn, tokens),
         _traced_training("trace (module)", spec, model(), gpt.cross_entropy, tokens),
-        _jitted_training("jit + pure", spec.pure(), contenders.own(params), loss_fn, tokens),
-        _jitted_training("jit + optax", spec.optax(), contenders.own(params), loss_fn, tokens),
-        _nnx_training(spec.optax(), model(), tokens),
+        *(
+            Contender(name, lambda step=step: jax.block_until_ready(step(tokens)))
+            for name, step in {
+                "jit + pure": runs.jitted(model(), spec.pure()),
+                "jit + optax": runs.jitted(model(), spec.optax()),
+                "nnx": runs.nnx_optimizer(model(), spec.optax()),
+            }.items()
+        ),
     ]
     labels = {"case": "training step", "optimizer": "adamw", "tree": "GPT"}
     yield from rows_of(interleave(field, budget_s), **labels)
@@ -223,37 +220,6 @@ def _traced_training(
         return opt.step(lambda params: loss_fn(params, tokens))
 
     return Contender(name, lambda: jax.block_until_ready(train_step(opt, tokens)))
-
-
-def _jitted_training(
-    name: str, tx: Any, params: Any, loss_fn: Callable[..., Any], tokens: Any
-) -> Contender:
-    def train_step(params: Any, state: Any, tokens: Any) -> Any:
-        loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    compiled = jax.jit(train_step, donate_argnums=(0, 1))
-    state = tx.init(params)
-
-    def step() -> None:
-        nonlocal params, state
-        params, state, loss = compiled(params, state, tokens)
-        jax.block_until_ready(loss)
-
-    return Contender(name, step)
-
-
-def _nnx_training(tx: Any, model: gpt.GPT, tokens: Any) -> Contender:
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-    def train_step(model: Any, optimizer: Any, tokens: Any) -> Any:
-        loss, grads = nnx.value_and_grad(gpt.cross_entropy)(model, tokens)
-        optimizer.update(model, grads)
-        return loss
-
-    compiled = nnx.jit(train_step, donate_argnums=(0, 1))
-    return Contender("nnx", lambda: jax.block_until_ready(compiled(model, optimizer, tokens)))
 
 
 def peak_memory(names: Sequence[str], optimizer: str, scale: float) -> Iterator[Row]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import cerebras_jax
-from benchmarks import machine, memory
+from benchmarks import machine, memory, runs
 from benchmarks.results_file import write
 from cerebras_jax.train import data
 from cerebras_jax.train.losses import LateLosses, Loss
@@ -31,9 +31,6 @@ def _count(event: str, duration_secs: float, **kwargs: object) -> None:
 
 
 def _run(steps: int) -> Run:
-    warm_up = max(1, steps // 10)
-    linear = {"initial_learning_rate": 0.0, "end_learning_rate": 3e-3, "total_iters": warm_up}
-    cosine = {"initial_learning_rate": 3e-3, "end_learning_rate": 3e-4, "total_iters": steps}
     recipe = cerebras_jax.load_recipe(
         {
             "optimizer": {
@@ -43,10 +40,7 @@ def _run(steps: int) -> Run:
                 "loss_scaling_factor": "dynamic",
                 "steps_per_increase": 100,  # so that the scale moves, and steps are skipped
                 "max_loss_scale": 2.0**127,
-                "learning_rate": [
-                    {"scheduler": "Linear", **linear},
-                    {"scheduler": "CosineDecay", **cosine},
-                ],
+                "learning_rate": runs.warm_up_and_cosine(max(1, steps // 10), steps),
             }
         }
     )

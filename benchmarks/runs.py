@@ -28,20 +28,22 @@ def _own(model: gpt.GPT) -> gpt.GPT:
     return nnx.merge(graphdef, contenders.own(state))
 
 
+def warm_up_and_cosine(warm_up: int, decay: int) -> list[dict[str, Any]]:
+    """The section ``learning_rate`` of a recipe."""
+    linear = {"initial_learning_rate": 0.0, "end_learning_rate": PEAK, "total_iters": warm_up}
+    cosine = {"initial_learning_rate": PEAK, "end_learning_rate": END, "total_iters": decay}
+    return [{"scheduler": "Linear", **linear}, {"scheduler": "CosineDecay", **cosine}]
+
+
 def traced(model: gpt.GPT) -> Step:
     """Our class form under `cerebras_jax.trace`, from a recipe."""
-    linear = {"initial_learning_rate": 0.0, "end_learning_rate": PEAK, "total_iters": WARM_UP}
-    cosine = {"initial_learning_rate": PEAK, "end_learning_rate": END, "total_iters": DECAY}
     recipe = cerebras_jax.load_recipe(
         {
             "optimizer": {
                 "optimizer_type": "AdamW",
                 **HYPER,
                 "max_gradient_norm": CLIP,
-                "learning_rate": [
-                    {"scheduler": "Linear", **linear},
-                    {"scheduler": "CosineDecay", **cosine},
-                ],
+                "learning_rate": warm_up_and_cosine(WARM_UP, DECAY),
             }
         }
     )
@@ -79,10 +81,10 @@ def _optax() -> optax.GradientTransformation:
     )
 
 
-def nnx_optimizer(model: gpt.GPT) -> Step:
-    """flax's Optimizer around optax in nnx.jit, with donation."""
+def nnx_optimizer(model: gpt.GPT, tx: optax.GradientTransformation) -> Step:
+    """flax's Optimizer around a pair in nnx.jit, with donation."""
     model = _own(model)
-    optimizer = nnx.Optimizer(model, _optax(), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     def train_step(model: Any, optimizer: Any, tokens: Any) -> Any:
         loss, grads = nnx.value_and_grad(gpt.cross_entropy)(model, tokens)
@@ -93,10 +95,9 @@ def nnx_optimizer(model: gpt.GPT) -> Step:
     return lambda tokens: compiled(model, optimizer, tokens)
 
 
-def jitted(model: gpt.GPT) -> Step:
-    """optax in jax.jit, by hand."""
+def jitted(model: gpt.GPT, tx: optax.GradientTransformation) -> Step:
+    """A pair in jax.jit, by hand."""
     graphdef, params = nnx.split(_own(model), nnx.Param)
-    tx = _optax()
     state = tx.init(params)
 
     def loss_fn(params: Any, tokens: Any) -> Any:
@@ -141,8 +142,8 @@ def _torch(model: gpt.GPT, compiled: bool) -> Step:
 
 MAKERS: dict[str, Callable[[gpt.GPT], Step]] = {
     "trace": traced,
-    "nnx": nnx_optimizer,
-    "jit + optax": jitted,
+    "nnx": lambda model: nnx_optimizer(model, _optax()),
+    "jit + optax": lambda model: jitted(model, _optax()),
     "torch eager": lambda model: _torch(model, False),
     "torch.compile": lambda model: _torch(model, True),
 }

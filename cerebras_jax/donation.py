@@ -132,7 +132,7 @@ class Donor:
 
 
 def _are_apart(leaves: Sequence[Any], live: Sequence[Any]) -> bool:
-    """Whether it is plain that no other array has a buffer of ours: a tenth of the time."""
+    """Whether it is plain that no other array has a buffer of ours: a third of the time."""
     if any(type(x.sharding) is not SingleDeviceSharding for x in live):
         return False
     mine = {id(x) for x in leaves}

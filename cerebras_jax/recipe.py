@@ -111,10 +111,10 @@ class Recipe:
         """
         groups = self.param_groups(params)
         drivers(self.schedulers, groups)
-        given = {"zero_axis": zero_axis, "state_memory": state_memory, "pack": pack}
-        how: dict[str, Any] = {
-            k: v for k, v in given.items() if v is not (False if k == "pack" else None)
-        }
+        given = {"zero_axis": zero_axis, "state_memory": state_memory}
+        how: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        if pack is not False:
+            how["pack"] = pack
         opt = self.optimizer_class(groups, **self.optimizer_values, **how)
         for name in SETTINGS:
             value = getattr(self, name, None)

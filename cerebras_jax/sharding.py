@@ -24,6 +24,7 @@ from jax.sharding import (
 )
 
 from cerebras_jax.checks import check_flag, is_traced
+from cerebras_jax.engine.foreign import check_is_pair
 from cerebras_jax.engine.memory import HOST, in_memory_of, mesh_of, on_device
 from cerebras_jax.engine.placement import check_not_on_host
 from cerebras_jax.engine.state_memory import (
@@ -80,7 +81,7 @@ def state(
     >>> tuple(shardings[0].mu["w"].spec), tuple(shardings[0].count.spec)
     (('data',), ())
     """
-    _check_pair(tx)
+    check_is_pair(tx)
     mesh = _one_mesh(params, takes_device=zero_axis is None)
     if zero_axis is not None and zero_axis not in mesh.axis_names:
         raise ValueError(f"zero_axis must be one of {[*mesh.axis_names]}, got {zero_axis!r}")
@@ -175,7 +176,7 @@ def streamed(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     >>> [x.sharding.memory_kind for x in (state[0].mu["w"], state[0].nu["w"])]
     ['pinned_host', 'device']
     """
-    _check_pair(tx)
+    check_is_pair(tx)
     extended = optax.with_extra_args_support(tx)
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -328,12 +329,6 @@ def _temporaries(tx: Any, params: Any, state_shapes: Any, state_shardings: Any) 
 
 
 # --- helpers --------------------------------------------------------------------------------------
-
-
-def _check_pair(tx: Any) -> None:
-    if not isinstance(tx, optax.GradientTransformation):
-        kind = type(tx).__name__
-        raise TypeError(f"tx must be an optax pair, such as optim.adamw(lr=1e-3), got {kind}")
 
 
 def _one_mesh(params: Any, takes_device: bool) -> Mesh | AbstractMesh:

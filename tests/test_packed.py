@@ -160,7 +160,7 @@ def test_batched_states_and_averages():
     close(optim.eval_params(tx.init(params), params), params)
 
 
-def test_init_sees_how_parameters_are_split(compilations):
+def test_init_sees_how_parameters_are_split():
     for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
         mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
         params = {

@@ -1,6 +1,6 @@
 """Trees by name: the state of every rule in them in one layout, the rest by path."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +52,7 @@ def places(tree: Any) -> list[Place | Clock | Vector]:
         # With rules, parts of a training state, such as params.
         folder, rest = (path_name(path[:1]), path[1:]) if has_rules else ("", path)
         if packs is not None and packs.is_joined(node):
-            found += _joined_places(node, packs, folder, path_name(rest))
+            found += _tree_places(node, folder, path_name(rest), dict(packs.vectors))
         else:
             found.append(Place(folder, path_name(rest)))
     return found
@@ -80,19 +80,20 @@ def _is_rule_or_packed(x: Any) -> bool:
     return isinstance(x, RuleState | PackedState)
 
 
-def _joined_places(tree: Any, packs: Packs, folder: str, above: str) -> Iterator[Place | Vector]:
-    """Those of the leaves of what a pair keeps for packed parameters."""
-    vectors = dict(packs.vectors)
+def _tree_places(
+    tree: Any, folder: str, above: str, vectors: Mapping[str, tuple[tuple[str, Part], ...]]
+) -> Iterator[Place | Vector]:
+    """Those of the leaves of a tree like the parameters, of which some are packed in vectors."""
 
     def at(name: str) -> str:
         return ".".join(filter(None, (above, name)))
 
     for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-        key = path[0].key
-        if len(path) == 1 and key in vectors:
-            yield Vector(folder, tuple((at(name), part) for name, part in vectors[key]))
+        name = path_name(path)
+        if name in vectors:
+            yield Vector(folder, tuple((at(member), part) for member, part in vectors[name]))
         else:
-            yield Place(folder, at(path_name(path)))
+            yield Place(folder, at(name))
 
 
 def _taken(found: Sequence[Place | Clock | Vector]) -> set[tuple[str, str]]:
@@ -117,14 +118,10 @@ def _rule_places(
     def clock(key: str) -> Clock:
         return Clock(f"clock{number}/{key}", names, row_of)
 
-    def place(folder: str, path: str) -> Place | Vector:
-        return Vector(folder, vectors[path]) if path in vectors else Place(folder, path)
-
     found: list[Place | Clock | Vector] = [clock("step")]
     found += [clock(key) for key, _ in fields(state.clock)]
     for key, tree in fields(state.states):
-        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-        found += [place(f"state{number}/{key}", path) for path in paths]
+        found += _tree_places(tree, f"state{number}/{key}", "", vectors)
     return found
 
 

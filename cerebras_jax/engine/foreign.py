@@ -23,6 +23,13 @@ _NOT_TRACEABLE = (
 _PROBE = {"matrix": jax.ShapeDtypeStruct((4, 4), jnp.float32)}
 
 
+def check_is_pair(tx: Any) -> None:
+    """Refuses what is no optax transformation, such as a function that was not called."""
+    if not isinstance(tx, optax.GradientTransformation):
+        kind = type(tx).__name__
+        raise TypeError(f"tx must be an optax pair, such as optim.adamw(lr=1e-3), got {kind}")
+
+
 def name_of(factory: Factory) -> str:
     """What messages call a factory: ``optax.nadamw``."""
     if isinstance(factory, functools.partial):  # as optax.nadamw is

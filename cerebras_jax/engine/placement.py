@@ -75,6 +75,11 @@ def in_place_of(old: Any, new: Any) -> Any:
     return in_memory_of(old, jnp.array(new) if is_host else new)
 
 
+def is_at_hand(x: Any) -> bool:
+    """Whether this process has all of an array."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+
+
 def copy_to(x: Any, where: Sharding) -> Any:
     """A copy: steps give away what they hold, and `device_put` alone may share the buffer of x."""
     if where.is_fully_addressable:

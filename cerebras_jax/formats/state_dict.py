@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from cerebras_jax.checks import is_number, is_traced
 from cerebras_jax.engine.memory import put
-from cerebras_jax.engine.placement import copy_to
+from cerebras_jax.engine.placement import copy_to, is_at_hand
 from cerebras_jax.messages import shown, warn_caller
 from cerebras_jax.schedules import Schedule
 
@@ -358,7 +358,7 @@ def to_numpy(x: Any) -> np.ndarray:
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = x.float() if str(x.dtype) == "torch.bfloat16" else x
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+    if not is_at_hand(x):
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from cerebras_jax.checks import is_traced
+from cerebras_jax.engine.foreign import check_is_pair
 from cerebras_jax.engine.lift import RuleState, why_whole
 from cerebras_jax.engine.trees import align, as_array, check_distinct, check_grads, leaf_paths
 from cerebras_jax.transforms.parts import Part, cut, is_spread
@@ -48,17 +49,12 @@ class Packs:
             other.vectors,
         )
 
-    @property
-    def packed(self) -> frozenset[str]:
-        """The names of the parameters that are packed."""
-        return frozenset(name for _, parts in self.vectors for name, _ in parts)
-
     def __reduce__(self) -> Any:
         return Packs, (self.names, self.vectors)  # a hash is good for one process
 
     @functools.cached_property
     def _keys(self) -> frozenset[str]:
-        packed = self.packed
+        packed = {name for _, parts in self.vectors for name, _ in parts}
         return frozenset({key for key, _ in self.vectors} | {*self.names} - packed)
 
     def is_joined(self, x: Any) -> bool:
@@ -159,10 +155,7 @@ def packed(
     {'packed float32': Array([0., 0., 1., 1., 1., 1.], dtype=float32)}
     """
     _check_below("below", below)
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            f"packed takes an optax pair, such as optim.adamw(lr=1e-3), got {type(tx).__name__}"
-        )
+    check_is_pair(tx)
     if isinstance(apart, str):
         raise TypeError(f"apart must be a list of names, got {apart!r}")
     _check_elementwise(tx, elementwise)
@@ -203,15 +196,15 @@ def joined(
             unlike = sorted(set(names) ^ set(packs.names))
             raise ValueError(f"the state was made for other parameters, these differ: {unlike[:5]}")
         p_leaves = [as_array(p) for p in p_leaves]
-        _check_fit(packs, dict(zip(names, p_leaves, strict=True)))
+        old = dict(zip(names, p_leaves, strict=True))
+        _check_fit(packs, old)
         g_leaves = align(treedef, grads, "the gradients", lambda: names)
         check_grads(g_leaves, p_leaves, lambda: names)
         g_leaves = [None if g is None else as_array(g) for g in g_leaves]
         given = dict(zip(names, g_leaves, strict=True))
         _check_present(packs, given)
-        mine = packs.join(given), state.inner, packs.join(dict(zip(names, p_leaves, strict=True)))
         updates: Any
-        updates, new = inner.update(*mine, **extra)
+        updates, new = inner.update(packs.join(given), state.inner, packs.join(old), **extra)
         return treedef.unflatten(packs.split(updates).values()), PackedState(new, packs)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore

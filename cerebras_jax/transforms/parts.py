@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cerebras_jax.checks import is_traced
 from cerebras_jax.engine.memory import in_memory_of, on_device
-from cerebras_jax.engine.placement import copy_to, in_place_of
+from cerebras_jax.engine.placement import copy_to, in_place_of, is_at_hand
 from cerebras_jax.types import Array
 
 
@@ -59,13 +59,13 @@ def part_of(vector: Any, part: Part, host: np.ndarray | None = None) -> Array:
 
 def at_hand(vector: Any) -> np.ndarray | None:
     """A vector on the host, for `part_of`; None where the process does not have all of it."""
-    return None if is_traced(vector) or not _is_at_hand(vector) else np.asarray(vector)
+    return None if is_traced(vector) or not is_at_hand(vector) else np.asarray(vector)
 
 
 def with_parts(vector: Any, values: Mapping[Part, Any]) -> Any:
     """A vector with other values in these parts; where it lies."""
     arrays = [vector, *values.values()]
-    if any(is_traced(x) or not _is_at_hand(x) for x in arrays):
+    if any(is_traced(x) or not is_at_hand(x) for x in arrays):
         result = _gathered(vector)
         for part, value in values.items():
             new = jnp.asarray(value).astype(vector.dtype)
@@ -100,11 +100,6 @@ def _laid(x: Any, like: Any, spec: PartitionSpec | None = None) -> Any:
     where = (jax.typeof(like) if is_traced(like) else like).sharding
     where = NamedSharding(where.mesh, where.spec if spec is None else spec)
     return jax.sharding.reshard(x, where) if is_traced(x) else jax.device_put(x, where)
-
-
-def _is_at_hand(x: Any) -> bool:
-    """Whether this process has all of an array."""
-    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
 
 
 @functools.partial(jax.jit, static_argnums=2)
